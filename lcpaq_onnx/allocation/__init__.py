@@ -1,0 +1,1 @@
+"""Choosing formats: the problem as values, and the integer linear programme that solves it."""

@@ -1,0 +1,67 @@
+"""``lcpaq pareto``: the plans between which a user has to choose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import get_args
+
+from lcpaq_onnx.budget import Dimension
+from lcpaq_onnx.cli import arguments
+from lcpaq_onnx.cli.console import Console
+from lcpaq_onnx.cli.parser import CommandGroup
+
+__all__ = ["add_to"]
+
+DIMENSIONS = tuple(dimension for dimension in get_args(Dimension) if dimension != "error")
+
+_EPILOG = """\
+Each point is the plan of least error for that much of the dimension; none is dominated by another.
+
+examples:
+  lcpaq pareto net.onnx --analysis net.analysis.json
+  lcpaq pareto net.onnx --analysis net.analysis.json --dimension latency --points 20 --json > frontier.json
+  lcpaq pareto net.onnx --analysis net.analysis.json --budget 'latency<=0.5x' -o frontier.json
+"""
+
+
+def add_to(commands: CommandGroup) -> None:
+    parser = commands.add("pareto", "sweep the frontier of error against size, latency, …", _EPILOG, command=_pareto)
+    arguments.add_model(parser)
+    arguments.add_analysis(parser)
+    arguments.add_target(parser)
+    parser.add_argument(
+        "--dimension", choices=DIMENSIONS, default="size", help="what to trade error against (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--points", type=arguments.count, default=12, metavar="N", help="at most so many (default: %(default)s)"
+    )
+    arguments.add_budgets(parser)
+    arguments.add_output(parser, "FRONTIER.json", "write the points there as JSON", required=False)
+    arguments.add_printing(parser, "the points")
+
+
+def _pareto(args: argparse.Namespace, console: Console) -> int:
+    budgets = arguments.budgets(args)
+    from lcpaq_onnx import compiler
+    from lcpaq_onnx.artefacts import check_writable, read_measurements, write_texts
+    from lcpaq_onnx.cli.summaries import frontier_document, frontier_text
+
+    if args.output is not None:
+        arguments.refuse_same_file((args.output,), (args.model, args.analysis))
+        check_writable((args.output,))
+    plans = compiler.frontier(
+        args.model,
+        read_measurements(args.analysis),
+        dimension=args.dimension,
+        target=args.target,
+        budget=budgets,
+        points=args.points,
+        weights=args.weights,
+        activations=args.activations,
+    )
+    written = json.dumps(frontier_document(plans), indent=1, ensure_ascii=False) + "\n"
+    if args.output is not None:
+        write_texts({args.output: written})
+    console.result(frontier_text(plans), written)
+    return 0

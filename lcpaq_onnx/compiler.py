@@ -1,0 +1,276 @@
+"""The embedding API: ``quantize``, and its steps ``analyze``, ``allocate`` (the plan), ``apply`` and ``verify``.
+
+Models are given as paths or protos and never changed. Every step takes and returns plain values, so each can run in
+another process and its result be saved between.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcpaq_onnx.allocation.allocate import Objective
+from lcpaq_onnx.budget import Budget, Dimension, parse_budgets
+from lcpaq_onnx.errors import UsageError
+from lcpaq_onnx.graph import graph_io
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.manager.analysis import Progress, SilentProgress
+from lcpaq_onnx.manager.pass_base import PassContext
+from lcpaq_onnx.manager.pass_manager import run_pipeline
+from lcpaq_onnx.passes import PREPARE, QUANTIZE, raise_to
+from lcpaq_onnx.planning.bench import Bench, Settings, SourceModel
+from lcpaq_onnx.planning.formulate import Allowed
+from lcpaq_onnx.planning.plan import Plan
+from lcpaq_onnx.planning.planner import Planner
+from lcpaq_onnx.planning.strategy import Goal, Outcome, plan_for, search_plan
+from lcpaq_onnx.runtime.calibration import CalibrationData, Source, open_calibration
+from lcpaq_onnx.runtime.session import Session, SessionOptions
+from lcpaq_onnx.tables import Measurements
+from lcpaq_onnx.targets.loader import load as load_target
+from lcpaq_onnx.targets.target import Target
+from lcpaq_onnx.verification.model_run import Known
+from lcpaq_onnx.verification.report import Report
+from lcpaq_onnx.verification.verify import verify as verify_file
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = [
+    "DEFAULT_TARGET",
+    "Model",
+    "Quantized",
+    "Settings",
+    "allocate",
+    "allowed_formats",
+    "analyze",
+    "apply",
+    "frontier",
+    "prepare",
+    "quantize",
+    "verify",
+]
+
+Model = graph_io.Source
+DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """What ``quantize`` returns: the model, the plan that made it, the report that proves it."""
+
+    graph: Graph
+    plan: Plan
+    report: Report
+
+    @property
+    def model(self) -> ModelProto:
+        """A proto to run or to serialize; models with external data are better written with ``save``."""
+        return graph_io.to_proto(self.graph)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model atomically."""
+        graph_io.save(self.graph, path)
+
+
+def quantize(
+    model: Model,
+    calibration: Source,
+    *,
+    target: str | Target = DEFAULT_TARGET,
+    budget: str | Sequence[str] = (),
+    objective: Objective | None = None,
+    weights: Sequence[int] | None = None,
+    activations: Sequence[int] | None = None,
+    samples: int | None = None,
+    settings: Settings = Settings(),  # noqa: B008 - a frozen value
+    progress: Progress | None = None,
+) -> Quantized:
+    """Quantize ``model`` for ``target`` within ``budget``.
+
+    ``calibration``: a path (``.npz``, folder, image spec) or any iterable of feeds. ``budget``: texts such as
+    ``size<=0.16x``. ``weights``, ``activations``: widths the planner may use. ``samples``: how many of the data.
+
+    Without a budget: the fastest plan whose error, measured on the calibration data, stays within 1 % of the output's
+    scale with 99 % of the decisions kept. With an error budget: the fastest, then smallest plan within it. With other
+    budgets: the plan of least error, or a faster one whose error is as good (``strategy.plan_for``).
+
+    Raises BudgetError when no plan fits, and LcpaqError for a bad model, data or target.
+    """
+    loaded = _target(target)
+    source = graph_io.load(model)
+    bench = _bench(source, calibration, samples, settings, progress)
+    goal = Goal(_budgets(budget), objective, allowed_formats(weights, activations))
+    _check_widths(goal.allowed, loaded)
+    outcome = search_plan(bench.graph, bench, loaded, goal, _emit)
+    report = _prove(model, outcome, bench, loaded)
+    if goal.is_default and activations is None and _is_slower(report):
+        in_float = Goal((), None, allowed_formats(weights, [32]))
+        outcome = search_plan(bench.graph, bench, loaded, in_float, _emit)
+        slower = (
+            f"integer execution measured {1 / _speedup(report):.2f}x the float time; weights are stored small instead"
+        )
+        report = _prove(model, outcome, bench, loaded)
+        report = report.model_copy(update={"warnings": (*report.warnings, slower)})
+    return Quantized(outcome.graph, outcome.plan, report)
+
+
+def analyze(
+    model: Model,
+    calibration: Source,
+    *,
+    samples: int | None = None,
+    settings: Settings = Settings(),  # noqa: B008 - a frozen value
+    progress: Progress | None = None,
+) -> Measurements:
+    """Measure ranges, Hessian diagonals and the error table: all that ``allocate`` needs, for any target and budget.
+
+    Raises LcpaqError for a bad model or data.
+    """
+    return _bench(graph_io.load(model), calibration, samples, settings, progress).everything()
+
+
+def allocate(
+    model: Model,
+    measurements: Measurements,
+    *,
+    target: str | Target = DEFAULT_TARGET,
+    budget: str | Sequence[str] = (),
+    objective: Objective | None = None,
+    weights: Sequence[int] | None = None,
+    activations: Sequence[int] | None = None,
+) -> Plan:
+    """The optimal plan for ``budget`` from saved ``measurements``; the model is read but not run.
+
+    Without an objective: see ``strategy.plan_for``. Raises BudgetError when no plan fits, UsageError when the measurements
+    are of another model.
+    """
+    goal = Goal(_budgets(budget), objective, allowed_formats(weights, activations))
+    return plan_for(_planner(model, measurements, target, goal.allowed), goal)
+
+
+def frontier(
+    model: Model,
+    measurements: Measurements,
+    *,
+    dimension: Dimension = "size",
+    target: str | Target = DEFAULT_TARGET,
+    budget: str | Sequence[str] = (),
+    points: int = 12,
+    weights: Sequence[int] | None = None,
+    activations: Sequence[int] | None = None,
+) -> tuple[Plan, ...]:
+    """Plans of least error from the least ``dimension`` upwards, none dominated."""
+    planner = _planner(model, measurements, target, allowed_formats(weights, activations))
+    return planner.frontier(dimension, _budgets(budget), points)
+
+
+def apply(model: Model, plan: Plan) -> Graph:
+    """The quantized model that ``plan`` describes; the same bytes every time. Save it with ``graph_io.save``.
+
+    Raises UsageError when the plan was made for another model.
+    """
+    source = graph_io.load(model)
+    _check_source(source, plan.source_sha256, "plan")
+    return _emit(prepare(source), plan)
+
+
+def verify(
+    model: Model,
+    emitted: str | os.PathLike[str],
+    calibration: Source,
+    plan: Plan,
+    *,
+    samples: int | None = None,
+    settings: Settings = Settings(),  # noqa: B008 - a frozen value
+) -> Report:
+    """Check an emitted file against its plan and the float model, and time both."""
+    source = graph_io.load(model)
+    data = _open(source, calibration, samples)
+    return verify_file(
+        _original(model), Path(emitted), data, plan=plan, target=load_target(plan.target), loss=settings.loss
+    )
+
+
+def prepare(source: Graph) -> Graph:
+    """A copy of ``source`` in which weights are exposed and batch norms folded; computes the same."""
+    return run_pipeline(PREPARE, PassContext.of(source)).graph
+
+
+def allowed_formats(weights: Sequence[int] | None, activations: Sequence[int] | None) -> Allowed:
+    """Formats a user named by width; 32 among ``activations`` stands for float."""
+    bits = None if weights is None else frozenset(weights)
+    return Allowed(bits, None if activations is None else frozenset(activations))
+
+
+def _emit(prepared: Graph, plan: Plan) -> Graph:
+    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(prepared, plan=plan)).graph
+
+
+def _check_widths(allowed: Allowed, target: Target) -> None:
+    """Refuse widths that the target has not, which would silently leave everything in float."""
+    known = {"weights": set(target.weights.stored_bits), "activations": {*target.activations, 32}}
+    for what, bits in (("weights", allowed.weight_bits), ("activations", allowed.activation_bits)):
+        unknown = sorted((bits or set()) - known[what])
+        if unknown:
+            have = ", ".join(map(str, sorted(known[what])))
+            raise UsageError(f"target '{target.name}' has no {unknown[0]}-bit {what}", hint=f"use some of {have}")
+
+
+def _is_slower(report: Report) -> bool:
+    return _speedup(report) < 1
+
+
+def _speedup(report: Report) -> float:
+    return report.latency.speedup if report.latency else 1.0
+
+
+def _prove(model: Model, outcome: Outcome, bench: Bench, target: Target) -> Report:
+    """Verify what ``quantize`` emitted, with the answers that the bench has already."""
+    known = Known(answers=bench.answers(), reference=bench.reference, loss_name=bench.loss_name)
+    with tempfile.TemporaryDirectory(prefix="lcpaq-") as folder:
+        path = Path(folder) / "model.onnx"
+        graph_io.save(outcome.graph, path)
+        return verify_file(_original(model), path, bench.data, plan=outcome.plan, target=target, known=known)
+
+
+def _bench(
+    source: Graph, calibration: Source, samples: int | None, settings: Settings, progress: Progress | None
+) -> Bench:
+    data = _open(source, calibration, samples)
+    identity = SourceModel(graph_io.content_sha256(source), graph_io.serialized_size(source))
+    return Bench(prepare(source), identity, data, settings, progress or SilentProgress())
+
+
+def _open(source: Graph, calibration: Source, samples: int | None) -> CalibrationData:
+    """Data for the model's inputs. Loading the model here also tells early when it cannot run."""
+    session = Session(graph_io.to_proto(source), SessionOptions("basic"), base_dir=source.base_dir)
+    return open_calibration(calibration, session.inputs, samples=samples)
+
+
+def _planner(model: Model, measurements: Measurements, target: str | Target, allowed: Allowed) -> Planner:
+    source = graph_io.load(model)
+    _check_source(source, measurements.source_sha256, "analysis")
+    loaded = _target(target)
+    _check_widths(allowed, loaded)
+    return Planner(prepare(source), measurements, loaded, allowed)
+
+
+def _original(model: Model) -> Path | ModelProto:
+    return Path(model) if isinstance(model, (str, os.PathLike)) else model
+
+
+def _check_source(source: Graph, sha256: str, what: str) -> None:
+    if graph_io.content_sha256(source) != sha256:
+        raise UsageError(f"the {what} was made for another model", hint=f"make the {what} again for this one")
+
+
+def _target(target: str | Target) -> Target:
+    return target if isinstance(target, Target) else load_target(target)
+
+
+def _budgets(budget: str | Sequence[str]) -> tuple[Budget, ...]:
+    return parse_budgets([budget] if isinstance(budget, str) else budget)

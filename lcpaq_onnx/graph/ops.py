@@ -1,0 +1,78 @@
+"""Facts about ONNX operators, in one table: passes and analyses ask here and hold no list of operator names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["FACTS", "OpFacts", "facts_of", "weight_channel_axis"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpFacts:
+    """What quantization needs to know of one operator.
+
+    ``weight_input``: index of the input that holds constant weights when the node is a layer, else None.
+    ``bias_input``: index of the optional bias added in the accumulator's precision.
+    ``keeps_scale``: every output element is an input element (or zero), so input and output share one scale.
+    ``activation``: elementwise function that integer kernels absorb in their output's saturation.
+    ``integer_kernel``: some runtime computes it on integers although it has no weights; which ones is the target's
+    business, this only tells whose operands are worth observing.
+    """
+
+    weight_input: int | None = None
+    bias_input: int | None = None
+    keeps_scale: bool = False
+    activation: bool = False
+    integer_kernel: bool = False
+
+
+_LAYER_BIAS = OpFacts(weight_input=1, bias_input=2)
+_KEEPS = OpFacts(keeps_scale=True)
+
+FACTS: Mapping[str, OpFacts] = {
+    "Conv": _LAYER_BIAS,
+    "ConvTranspose": _LAYER_BIAS,
+    "Gemm": _LAYER_BIAS,
+    "MatMul": OpFacts(weight_input=1, integer_kernel=True),
+    "Relu": OpFacts(activation=True),
+    "Clip": OpFacts(activation=True),
+    **dict.fromkeys(
+        [
+            *("Add", "AveragePool", "Concat", "Div", "GlobalAveragePool", "HardSigmoid", "HardSwish", "LeakyRelu"),
+            *("Mul", "Resize", "Sigmoid", "Softmax", "Sub", "Tanh", "Where"),
+        ],
+        OpFacts(integer_kernel=True),
+    ),
+    **dict.fromkeys(
+        [
+            *("DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth"),
+            *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+        ],
+        _KEEPS,
+    ),
+}
+
+_NONE = OpFacts()
+
+
+def facts_of(op: str, domain: str | None = "") -> OpFacts:
+    """Facts of ``op``; operators of other domains and unknown ones have none and stay in float."""
+    return FACTS.get(op, _NONE) if domain in ("", None, "ai.onnx") else _NONE
+
+
+def weight_channel_axis(op: str, attrs: Mapping[str, object], weight_shape: tuple[int, ...]) -> int | None:
+    """Axis of the weight that runs over output channels, None where per-channel scales have no such axis.
+
+    Conv-11: [M, C/g, k…] → 0. ConvTranspose-11: [C, M/g, k…] → 1, None for g > 1 (one index, g channels).
+    Gemm-13: [K, N] → 1, transposed [N, K] → 0. MatMul-13: last axis of a matrix.
+    """
+    if op == "Conv":
+        return 0
+    if op == "ConvTranspose":
+        return 1 if attrs.get("group", 1) == 1 else None
+    if op == "Gemm":
+        return 0 if attrs.get("transB", 0) else 1
+    if op == "MatMul":
+        return len(weight_shape) - 1 if len(weight_shape) == 2 else None
+    return None

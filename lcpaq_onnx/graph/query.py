@@ -1,0 +1,237 @@
+"""Questions about a graph: its layers, its activation groups, the operators between them. Nothing here edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.ops import facts_of, weight_channel_axis
+
+__all__ = [
+    "ActivationGroup",
+    "Layer",
+    "Operator",
+    "Structure",
+    "nodes_by_name",
+    "structure_of",
+    "weight_values",
+]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node with constant weights and the activation function that fuses with it. All fields are names or shapes."""
+
+    name: str
+    op: str
+    input: str
+    weight: str
+    weight_shape: tuple[int, ...]
+    channel_axis: int | None
+    bias: str | None
+    raw_output: str
+    """What the node itself writes."""
+    output: str
+    """What is left after the fused activation: the tensor that an integer kernel would requantize."""
+
+
+@dataclass(frozen=True)
+class ActivationGroup:
+    """Float tensors that must share one scale and format. Named after its first tensor in graph order."""
+
+    name: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A node without weights that reads or writes float tensors (``inputs``, ``outputs``; the outputs after a fused
+    activation). ``has_float_constant``: some operand is a float constant, which would need a scale of its own to run
+    in integer. ``moves_data``: keeps values, so input and output share a group.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    has_float_constant: bool
+    moves_data: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Layers, activation groups and other operators of a graph, in graph order.
+
+    ``fused``: tensors between a node and the activation that fuses with it; integer kernels never write them.
+    """
+
+    layers: tuple[Layer, ...]
+    groups: tuple[ActivationGroup, ...]
+    operators: tuple[Operator, ...]
+    fused: frozenset[str]
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+
+    def candidates(self) -> tuple[ActivationGroup, ...]:
+        """Groups that a layer, or an operator with an integer kernel somewhere, reads or writes."""
+        ends = {name for layer in self.layers for name in (layer.input, layer.output)}
+        for operator in self.operators:
+            if facts_of(operator.op).integer_kernel:
+                ends.update((*operator.inputs, *operator.outputs))
+        return tuple(group for group in self.groups if not ends.isdisjoint(group.tensors))
+
+    def group_of(self) -> dict[str, str]:
+        """Tensor name → name of its group."""
+        return {tensor: group.name for group in self.groups for tensor in group.tensors}
+
+
+def nodes_by_name(graph: Graph) -> dict[str, gs.Node]:
+    """Top-level nodes by name (unique after ``canonical-names``)."""
+    return {node.name: node for node in graph.nodes}
+
+
+def weight_values(node: gs.Node, layer: Layer) -> NDArray[np.float32]:
+    """The layer's weight, read-only by convention."""
+    tensor = next(tensor for tensor in node.inputs if tensor.name == layer.weight)
+    assert isinstance(tensor, gs.Constant)
+    return np.asarray(tensor.values, np.float32)
+
+
+def structure_of(graph: Graph, dtypes: Mapping[str, np.dtype]) -> Structure:
+    """Structure of the top-level graph. ``dtypes``: recorded element type of every variable (names absent there are not
+    quantizable). Bodies of control flow are left alone.
+    """
+    fused = {node.name: after for node in graph.nodes if (after := _fused_activation(graph, node)) is not None}
+    layers = [layer for node in graph.nodes if (layer := _layer(node, fused, dtypes)) is not None]
+    inside = {activation.inputs[0].name for activation in fused.values()}
+    floats = [
+        tensor.name
+        for tensor in _in_graph_order(graph)
+        if dtypes.get(tensor.name) == np.float32 and tensor.name not in inside
+    ]
+    groups = _groups(graph, floats)
+    members = {tensor for group in groups for tensor in group.tensors}
+    elsewhere = {layer.name for layer in layers} | {activation.name for activation in fused.values()}
+    operators = [_operator(node, fused, members) for node in graph.nodes if node.name not in elsewhere]
+    return Structure(
+        layers=tuple(layers),
+        groups=tuple(groups),
+        operators=tuple(operator for operator in operators if operator.inputs or operator.outputs),
+        fused=frozenset(inside),
+        inputs=frozenset(tensor.name for tensor in graph.inputs),
+        outputs=frozenset(tensor.name for tensor in graph.outputs),
+    )
+
+
+def reads(node: gs.Node) -> list[gs.Tensor]:
+    """Tensors a node reads, those that its bodies capture from this scope included."""
+    captured = []
+    for body in node.subgraphs(recursive=True):
+        written = {id(tensor) for inner in body.nodes for tensor in inner.outputs}
+        own = written | {id(tensor) for tensor in body.inputs}
+        captured += [t for inner in body.nodes for t in inner.inputs if id(t) not in own]
+        captured += [t for t in body.outputs if id(t) not in own]
+    return [tensor for tensor in (*node.inputs, *captured) if not tensor.is_empty()]
+
+
+def dataflow(graph: Graph) -> nx.DiGraph[str]:
+    """Top-level nodes by name, an edge from each writer to its readers."""
+    flow: nx.DiGraph[str] = nx.DiGraph()
+    flow.add_nodes_from(node.name for node in graph.nodes)
+    writer = {id(tensor): node.name for node in graph.nodes for tensor in node.outputs}
+    for node in graph.nodes:
+        flow.add_edges_from((writer[id(t)], node.name) for t in reads(node) if id(t) in writer)
+    return flow
+
+
+def _in_graph_order(graph: Graph) -> Iterable[gs.Tensor]:
+    yield from graph.inputs
+    for node in graph.nodes:
+        yield from (tensor for tensor in node.outputs if not tensor.is_empty())
+
+
+def _is_float_weight(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and len(tensor.shape) >= 2
+
+
+def _layer(node: gs.Node, fused: Mapping[str, gs.Node], dtypes: Mapping[str, np.dtype]) -> Layer | None:
+    facts = facts_of(node.op, node.domain)
+    if facts.weight_input is None or len(node.inputs) <= facts.weight_input:
+        return None
+    data, weight = node.inputs[0], node.inputs[facts.weight_input]
+    if not _is_float_weight(weight) or dtypes.get(data.name) != np.float32:
+        return None
+    shape = tuple(int(d) for d in weight.shape)
+    bias = facts.bias_input
+    raw = node.outputs[0]
+    return Layer(
+        name=node.name,
+        op=node.op,
+        input=data.name,
+        weight=weight.name,
+        weight_shape=shape,
+        channel_axis=weight_channel_axis(node.op, node.attrs, shape),
+        bias=node.inputs[bias].name if bias is not None and len(node.inputs) > bias else None,
+        raw_output=raw.name,
+        output=_after_activation(node, fused)[0].name,
+    )
+
+
+def _fused_activation(graph: Graph, node: gs.Node) -> gs.Node | None:
+    """The activation node that alone reads the only output of ``node``, unless that is also an output of the graph."""
+    if len(node.outputs) != 1 or len(node.outputs[0].outputs) != 1 or _is_activation(node):
+        return None
+    raw, after = node.outputs[0], node.outputs[0].outputs[0]
+    if any(raw is output for output in graph.outputs) or after.inputs[0] is not raw:
+        return None
+    bounds_are_constant = all(isinstance(t, gs.Constant) or t.is_empty() for t in after.inputs[1:])
+    return after if _is_activation(after) and bounds_are_constant else None
+
+
+def _is_activation(node: gs.Node) -> bool:
+    return facts_of(node.op, node.domain).activation
+
+
+def _after_activation(node: gs.Node, fused: Mapping[str, gs.Node]) -> list[gs.Tensor]:
+    return list(fused[node.name].outputs if node.name in fused else node.outputs)
+
+
+def _groups(graph: Graph, floats: list[str]) -> list[ActivationGroup]:
+    """Union of float tensors through operators that keep the scale."""
+    parent = {name: name for name in floats}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    rank = {name: position for position, name in enumerate(floats)}
+    for node in graph.nodes:
+        if not facts_of(node.op, node.domain).keeps_scale or node.inputs[0].name not in parent:
+            continue
+        for output in node.outputs:
+            if output.name in parent:
+                first, second = sorted((root(node.inputs[0].name), root(output.name)), key=rank.__getitem__)
+                parent[second] = first
+    members: dict[str, list[str]] = {}
+    for name in floats:
+        members.setdefault(root(name), []).append(name)
+    return [ActivationGroup(name, tuple(tensors)) for name, tensors in members.items()]
+
+
+def _operator(node: gs.Node, fused: Mapping[str, gs.Node], floats: set[str]) -> Operator:
+    return Operator(
+        name=node.name,
+        op=node.op,
+        inputs=tuple(t.name for t in node.inputs if t.name in floats),
+        outputs=tuple(t.name for t in _after_activation(node, fused) if t.name in floats),
+        has_float_constant=any(isinstance(t, gs.Constant) and t.dtype == np.float32 for t in node.inputs),
+        moves_data=facts_of(node.op, node.domain).keeps_scale,
+    )

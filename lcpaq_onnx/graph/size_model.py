@@ -1,0 +1,251 @@
+"""Bytes of the file that a plan would make, counted on the very nodes that rewriting will insert.
+
+Nearly every decision adds its own bytes. What does not (length prefixes that grow, the packed constants that layers
+share) is bounded from above in the per-decision figures and exact in ``SizeModel.total``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from lcpaq_onnx.formats import QFormat
+from lcpaq_onnx.graph import emit
+from lcpaq_onnx.graph.graph_io import Graph, constant_bytes, node_bytes, section_bytes
+from lcpaq_onnx.graph.query import ActivationGroup, Layer, Structure, nodes_by_name
+from lcpaq_onnx.numeric.rounding import QuantizedWeight
+
+__all__ = ["SizeModel", "StoredLayer"]
+
+# Length prefixes inside the shared packed constants (dimensions, raw data, Split) that grow with their number.
+_BLOB_SLACK_BYTES = 48
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """How one layer stands in the file. ``weight`` None: float. ``integer_bias``: an int32 bias behind a quantized
+    input, else the float one. ``isolated``: it reads a DequantizeLinear of its own.
+    """
+
+    weight: QFormat | None = None
+    storage: str = "float"
+    with_scale_only: bool = False
+    integer_bias: bool = False
+    isolated: bool = False
+
+
+class SizeModel:
+    """Sizes for one prepared graph. ``metadata``: entries that the emitted model will carry on top of its own."""
+
+    def __init__(self, graph: Graph, structure: Structure, metadata: Mapping[str, str]) -> None:
+        self._graph = graph
+        self._structure = structure
+        self._nodes = nodes_by_name(graph)
+        self._layers = {layer.name: layer for layer in structure.layers}
+        self._header_bytes, self._graph_bytes = section_bytes(graph)
+        self._header_bytes += sum(_entry_bytes(key, value) for key, value in metadata.items())
+        self._inputs = {tensor.name for tensor in graph.inputs}
+        self._outputs = {tensor.name for tensor in graph.outputs}
+        self._shared = _shared_constants(graph)
+
+    # ---- per decision, upper bounds ---------------------------------------------------------------------------------
+    @property
+    def fixed_bytes(self) -> int:
+        """Everything that no decision moves: the file less the constants of its layers."""
+        movable = sum(self._float_bytes(layer) for layer in self._structure.layers)
+        return self._header_bytes + _prefixed(self._graph_bytes) - movable
+
+    def layer_bytes(self, name: str, stored: StoredLayer) -> int:
+        """Bytes of a layer's constants and of the nodes that restore them, shared ones apart."""
+        layer = self._layers[name]
+        if stored.storage == "packed-bytes":
+            assert stored.weight is not None
+            others = _DUMMIES[:2]
+            alone, more = (self._blob_bytes(stored.weight.bits, p) for p in (others, (*others, self._piece(layer))))
+            return self._own_bytes(layer, stored) + more - alone
+        return self._own_bytes(layer, stored)
+
+    def group_bytes(self, group: ActivationGroup, format: QFormat) -> int:
+        """Bytes of the conversions of an activation group, renamed neighbours included."""
+        renames = sum(_longer(node, by) for node, by in self._renames(group.tensors))
+        return self._conversion_bytes(group, format) + renames
+
+    def blob_bytes(self, bits: int) -> int:
+        """Bytes of the expression that unpacks all packed weights of one width, without any weight."""
+        two, three = (self._blob_bytes(bits, _DUMMIES[:count]) for count in (2, 3))
+        return two - 2 * (three - two) + _BLOB_SLACK_BYTES
+
+    def isolated_bytes(self, name: str, channels: int, format: QFormat) -> int:
+        """Bytes of a DequantizeLinear of its own for a float layer."""
+        layer = self._layers[name]
+        return self._isolated_bytes(layer, channels, format) + _longer(self._nodes[name], _isolated_growth(layer))
+
+    # ---- exact ------------------------------------------------------------------------------------------------------
+    def total(
+        self, layers: Mapping[str, StoredLayer], groups: Mapping[str, QFormat | None], channels: Mapping[str, int]
+    ) -> int:
+        """Exact size of the model file in bytes. ``channels``: extent of axis 1 of each isolated layer's input."""
+        graph_bytes = self._graph_bytes - sum(self._float_bytes(layer) for layer in self._structure.layers)
+        longer: dict[str, int] = {}
+        for group in self._structure.groups:
+            format = groups.get(group.name)
+            if format is None:
+                continue
+            graph_bytes += self._conversion_bytes(group, format)
+            for node, by in self._renames(group.tensors):
+                longer[node.name] = longer.get(node.name, 0) + by
+        packed: dict[int, list[Layer]] = {}
+        for name, stored in layers.items():
+            layer = self._layers[name]
+            graph_bytes += self._own_bytes(layer, stored)
+            if stored.storage == "packed-bytes" and stored.weight is not None:
+                packed.setdefault(stored.weight.bits, []).append(layer)
+            if stored.isolated:
+                format = groups[self._structure.group_of()[layer.input]]
+                assert format is not None
+                graph_bytes += self._isolated_bytes(layer, channels[name], format)
+                by = _isolated_growth(layer) - (len("/dq") if layer.input in self._inputs else 0)
+                longer[name] = longer.get(name, 0) + by
+        for bits, members in packed.items():
+            graph_bytes += self._blob_bytes(bits, tuple(self._piece(layer) for layer in members))
+        for name, by in longer.items():
+            payload = _payload(node_bytes(self._nodes[name]))
+            graph_bytes += _prefixed(payload + by) - _prefixed(payload)
+        return self._header_bytes + _prefixed(graph_bytes)
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+    def _float_bytes(self, layer: Layer) -> int:
+        return sum(constant_bytes(t) for t in self._own_constants(layer))
+
+    def _own_constants(self, layer: Layer) -> list[gs.Constant]:
+        names = {layer.weight, layer.bias}
+        node = self._nodes[layer.name]
+        constants = [t for t in node.inputs if t.name in names and isinstance(t, gs.Constant)]
+        return [t for t in constants if self._shared.get(t.name, layer.name) == layer.name]
+
+    def _own_bytes(self, layer: Layer, stored: StoredLayer) -> int:
+        owned = {t.name: t for t in self._own_constants(layer)}
+        total = 0
+        if layer.weight in owned:
+            weight = owned[layer.weight]
+            total += constant_bytes(weight) if stored.weight is None else self._weight_bytes(layer, stored)
+        if layer.bias in owned:
+            bias = owned[layer.bias]
+            total += self._bias_bytes(layer, stored, bias) if stored.integer_bias else constant_bytes(bias)
+        return total
+
+    def _weight_bytes(self, layer: Layer, stored: StoredLayer) -> int:
+        format = stored.weight
+        assert format is not None
+        scale = np.ones(() if format.axis is None else layer.weight_shape[format.axis], np.float32)
+        zeros = np.zeros(layer.weight_shape, np.int8)
+        weight = QuantizedWeight(zeros if format.bits <= 8 else zeros.astype(np.int16), scale, format)
+        result = gs.Variable(layer.weight)
+        if stored.with_scale_only:
+            nodes = emit.scale_weight(weight, result, emit.ROUND_PASS)
+        else:
+            nodes = [emit.dequantize_weight(weight, result, emit.ROUND_PASS)]
+        if stored.storage == "plain":
+            return emit.emitted_bytes(nodes)
+        integers = nodes[0].inputs[0]
+        total = emit.emitted_bytes(nodes, shared=[integers])
+        if stored.storage == "cast":
+            total += emit.emitted_bytes([emit.unpack_cast(zeros, format.bits, integers, emit.PACK_PASS)])
+        return total
+
+    def _bias_bytes(self, layer: Layer, stored: StoredLayer, bias: gs.Constant) -> int:
+        assert stored.weight is not None
+        shape = tuple(int(extent) for extent in bias.shape)
+        scale = np.ones(() if stored.weight.axis is None else shape, np.float32)
+        return emit.emitted_bytes(
+            [emit.dequantize_bias(np.zeros(shape, np.int32), scale, gs.Variable(bias.name), emit.BIAS_PASS)]
+        )
+
+    def _conversion_bytes(self, group: ActivationGroup, format: QFormat) -> int:
+        scale, zero_point = emit.activation_constants(group.name, 1.0, 0, format)
+        nodes = []
+        for name in group.tensors:
+            source, result = emit.conversion_ends(name, is_input=name in self._inputs)
+            nodes += emit.quantize_dequantize(source, result, scale, zero_point, name=name, made_by=emit.QDQ_PASS)
+        return emit.emitted_bytes(nodes)
+
+    def _isolated_bytes(self, layer: Layer, channels: int, format: QFormat) -> int:
+        result = gs.Variable(emit.isolated_name(layer.input, layer.name))
+        integers = gs.Variable(f"{layer.input}/q")
+        node = emit.isolated_dequantize(integers, result, 1.0, 0, channels, format, emit.QDQ_PASS)
+        return emit.emitted_bytes([node])
+
+    def _piece(self, layer: Layer) -> tuple[str, tuple[int, ...]]:
+        return f"{layer.weight}/q", layer.weight_shape
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the model it is asked about
+    def _blob_bytes(self, bits: int, pieces: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+        values = sum(-(-int(np.prod(shape, dtype=np.int64)) // 8) * 8 for _, shape in pieces)
+        planes = emit.pack_planes(np.zeros(values, np.int8), bits)
+        named = [(gs.Variable(name), shape) for name, shape in pieces]
+        return emit.emitted_bytes(emit.unpack_blob(planes, bits, named, emit.PACK_PASS))
+
+    def _renames(self, tensors: Iterable[str]) -> list[tuple[gs.Node, int]]:
+        """Nodes whose text grows when ``tensors`` are quantized, and by how many bytes."""
+        renames = []
+        for name in tensors:
+            tensor = self._tensors[name]
+            if name in self._inputs:
+                for node in tensor.outputs:
+                    if node.name in self._nodes:
+                        renames.append((node, len("/dq") * sum(t is tensor for t in node.inputs)))
+            else:
+                renames.append((tensor.inputs[0], len("/f")))
+        return [(node, by) for node, by in renames if by]
+
+    @cached_property
+    def _tensors(self) -> dict[str, gs.Tensor]:
+        return dict(self._graph.tensors())
+
+
+# Two pieces make the Split that any more share; the third shows what one piece adds.
+_DUMMIES = (("a/q", (8,)), ("b/q", (8,)), ("c/q", (8,)))
+
+
+def _varint_bytes(value: int) -> int:
+    return max(1, -(-value.bit_length() // 7))
+
+
+def _prefixed(payload: int) -> int:
+    """Bytes of a length-delimited protobuf field with a one-byte tag."""
+    return 1 + _varint_bytes(payload) + payload
+
+
+def _payload(field_bytes: int) -> int:
+    """Inverse of ``_prefixed``."""
+    return next(n for n in range(field_bytes - 2, max(-1, field_bytes - 12), -1) if _prefixed(n) == field_bytes)
+
+
+def _isolated_growth(layer: Layer) -> int:
+    return len(emit.isolated_name(layer.input, layer.name).encode()) - len(layer.input.encode())
+
+
+def _longer(node: gs.Node, by: int) -> int:
+    """Upper bound of what ``by`` more characters cost in a node, whatever else lengthens it."""
+    payload = _payload(node_bytes(node))
+    crosses = _varint_bytes(payload + by + 64) > _varint_bytes(payload)
+    return by + int(crosses)
+
+
+def _entry_bytes(key: str, value: str) -> int:
+    return _prefixed(onnx.StringStringEntryProto(key=key, value=value).ByteSize())
+
+
+def _shared_constants(graph: Graph) -> dict[str, str]:
+    """Constant → the first node that reads it, which alone pays for its bytes."""
+    owner: dict[str, str] = {}
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant):
+                owner.setdefault(tensor.name, node.name)
+    return owner

@@ -1,0 +1,1 @@
+"""Analyses, passes, pipelines, and what runs them."""

@@ -1,0 +1,1 @@
+"""Arithmetic on plain arrays: rounding, ranges, losses, the Hessian estimator. numpy and scipy only."""

@@ -1,0 +1,121 @@
+"""Rounding a float tensor to integers: scales and nearest integers, vectorised over channels. Pure numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcpaq_onnx.formats import QFormat
+
+__all__ = ["QuantizedWeight", "activation_parameters", "fake_quantize", "mse_scales", "round_nearest"]
+
+Float = NDArray[np.float32]
+
+# Ratios of the clipping range to the largest magnitude. Below 0.3 even 2-bit weights lose more by clipping than they
+# gain in resolution; the second grid refines around the best of the first.
+_COARSE = np.linspace(0.3, 1.0, 15, dtype=np.float32)
+_FINE = np.linspace(-0.045, 0.045, 7, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """Integers and the affine map back: ``values ≈ (integers - 0) * scale``, scale along the format's axis."""
+
+    integers: NDArray[np.int8] | NDArray[np.int16]
+    scale: Float
+    """Shape [channels], or [] for one scale."""
+    format: QFormat
+
+    def dequantized(self) -> Float:
+        """Float32 values, shape of the integers."""
+        return self.integers.astype(np.float32) * _along_axis(self.scale, self.format.axis, self.integers.ndim)
+
+
+def _along_axis(scale: Float, axis: int | None, ndim: int) -> Float:
+    if axis is None:
+        return scale
+    shape = [1] * ndim
+    shape[axis] = -1
+    return scale.reshape(shape)
+
+
+def _rows(values: Float, axis: int | None) -> Float:
+    """[channels, elements per channel] view or copy; one row without an axis."""
+    if axis is None:
+        return values.reshape(1, -1)
+    return np.ascontiguousarray(np.moveaxis(values, axis, 0)).reshape(values.shape[axis], -1)
+
+
+def mse_scales(values: Float, format: QFormat) -> Float:
+    """Scale of each channel that minimises the squared rounding error over a grid of clipping ranges.
+
+    At 8 bits and more the largest magnitude is within 1 % of that optimum and is taken as it is. An all-zero channel
+    gets scale 1. Returns shape [channels] or [] (0-d).
+    """
+    rows = _rows(values, format.axis)
+    largest = np.abs(rows).max(axis=1)
+    is_zero = largest == 0
+    largest = np.where(is_zero, np.float32(format.qmax), largest)
+    ratio = np.ones_like(largest)
+    if format.bits < 8:
+        # In units of the largest magnitude, so that squares of any finite weights neither overflow nor vanish.
+        unit_rows = rows / largest[:, None]
+        for grid in (_COARSE, _FINE):
+            candidates = grid[:, None] if grid is _COARSE else np.clip(ratio + grid[:, None], 0.05, 1.05)
+            candidates = np.broadcast_to(candidates, (len(grid), len(largest)))
+            errors = np.stack([_squared_error(unit_rows, r / format.qmax, format) for r in candidates])
+            ratio = np.take_along_axis(candidates, errors.argmin(axis=0)[None], axis=0)[0]
+        ratio = np.where(is_zero, np.float32(1), ratio)
+    scale = (largest / format.qmax * ratio).astype(np.float32)
+    # A subnormal scale would overflow its own reciprocal in kernels.
+    scale = np.maximum(scale, np.finfo(np.float32).tiny)
+    return scale if format.axis is not None else scale.reshape(())
+
+
+def _squared_error(rows: Float, scale: Float, format: QFormat) -> Float:
+    scale = scale[:, None]
+    work = rows / scale
+    np.rint(work, out=work)
+    np.clip(work, format.qmin, format.qmax, out=work)
+    work *= scale
+    work -= rows
+    error: Float = np.einsum("ij,ij->i", work, work)
+    return error
+
+
+def round_nearest(values: Float, format: QFormat, scale: Float | None = None) -> QuantizedWeight:
+    """Nearest integers of a symmetric ``format`` (ONNX QuantizeLinear: ties to even, saturating).
+
+    ``scale``: as ``mse_scales`` returns it, which is the default.
+    """
+    scale = mse_scales(values, format) if scale is None else scale
+    integers = np.rint(values / _along_axis(scale, format.axis, values.ndim))
+    np.clip(integers, format.qmin, format.qmax, out=integers)
+    return QuantizedWeight(integers.astype(np.int8 if format.bits <= 8 else np.int16), scale, format)
+
+
+def activation_parameters(low: float, high: float, format: QFormat) -> tuple[np.float32, int]:
+    """Scale and zero point of one tensor that cover [low, high] widened to hold 0 (so that padding is exact)."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if format.symmetric:
+        low, high = -max(-low, high), max(-low, high)
+        scale = np.float32(high / format.qmax)
+        return (scale if scale > 0 else np.float32(1.0)), 0
+    scale = np.float32((high - low) / (format.qmax - format.qmin))
+    if scale < np.finfo(np.float32).tiny:
+        return np.float32(1.0), format.qmin if not format.signed else 0
+    return scale, int(np.clip(np.rint(format.qmin - low / float(scale)), format.qmin, format.qmax))
+
+
+def fake_quantize(values: Float, scale: np.float32, zero_point: int, format: QFormat) -> Float:
+    """QuantizeLinear followed by DequantizeLinear (ONNX opset 21 semantics), in float32."""
+    with np.errstate(over="ignore"):  # saturates below
+        work = np.array(values / scale)  # an array also where numpy would make a scalar of a 0-d one
+    np.rint(work, out=work)
+    work += zero_point
+    np.clip(work, format.qmin, format.qmax, out=work)
+    work -= zero_point
+    work *= scale
+    return work

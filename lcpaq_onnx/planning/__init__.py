@@ -1,0 +1,1 @@
+"""From measurements and a budget to a plan."""

@@ -1,0 +1,182 @@
+"""Which plan to make for what the user asked: the loop of planning, emitting and measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lcpaq_onnx.allocation.allocate import Objective
+from lcpaq_onnx.budget import Budget
+from lcpaq_onnx.errors import BudgetError
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.planning.bench import Bench
+from lcpaq_onnx.planning.formulate import Allowed
+from lcpaq_onnx.planning.plan import Plan
+from lcpaq_onnx.planning.planner import NEGLIGIBLE_RELATIVE_ERROR, Planner, tolerated_error
+from lcpaq_onnx.targets.target import Target
+from lcpaq_onnx.verification.measure import MeasuredError
+
+__all__ = ["DEFAULT_AGREEMENT", "DEFAULT_RELATIVE_ERROR", "Goal", "Outcome", "plan_for", "search_plan"]
+
+DEFAULT_RELATIVE_ERROR = NEGLIGIBLE_RELATIVE_ERROR
+"""Without a budget, root mean square error of the output over its range on the calibration data."""
+DEFAULT_AGREEMENT = 0.99
+"""Without a budget, share of decisions that must stay the same, where outputs are class scores."""
+
+# Predicted errors are first order; each round corrects the limit by what was measured.
+_ROUNDS = 6
+_MARGIN = 0.9
+_STEP = 0.7
+
+Emit = Callable[[Graph, Plan], Graph]
+_OBJECTIVES: dict[Objective, tuple[Objective, ...]] = {
+    "error": ("error", "latency"),
+    "latency": ("latency", "error"),
+    "size": ("size", "error"),
+}
+_FASTEST: tuple[Objective, ...] = ("latency", "size", "error")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Budgets, objective (None: what fits the budgets) and the formats the planner may use."""
+
+    budgets: tuple[Budget, ...]
+    objective: Objective | None
+    allowed: Allowed
+
+    @property
+    def is_default(self) -> bool:
+        """Neither budget nor objective: the fastest plan within the default error, never slower than float."""
+        return not self.budgets and self.objective is None
+
+    @property
+    def error_budget(self) -> Budget | None:
+        """The budget on error, if there is one."""
+        return next((budget for budget in self.budgets if budget.dimension == "error"), None)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What to minimise, first things first."""
+        if self.objective is not None:
+            return _OBJECTIVES[self.objective]
+        return _FASTEST if self.error_budget else _OBJECTIVES["error"]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The emitted graph, its plan, and its error on all calibration data."""
+
+    graph: Graph
+    plan: Plan
+    measured: MeasuredError
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """What every attempt needs."""
+
+    graph: Graph
+    bench: Bench
+    target: Target
+    emit: Emit
+
+    def attempt(self, plan: Plan) -> Outcome:
+        emitted = self.emit(self.graph, plan)
+        return Outcome(emitted, plan, self.bench.error_of(emitted))
+
+
+def search_plan(graph: Graph, bench: Bench, target: Target, goal: Goal, emit: Emit) -> Outcome:
+    """The plan for ``goal``, emitted and measured. ``emit``: applies a plan to a copy of the prepared graph.
+
+    Raises BudgetError when no plan fits the budgets, or none was found whose measured error fits an error budget.
+    """
+    site = _Site(graph, bench, target, emit)
+    if goal.is_default:
+        return _fastest_within_default(site, goal.allowed)
+    planner = Planner(graph, bench.everything(goal.allowed.weight_bits), target, goal.allowed)
+    if goal.error_budget is not None:
+        return _within_error_budget(site, planner, goal, goal.error_budget)
+    return site.attempt(plan_for(planner, goal))
+
+
+def plan_for(planner: Planner, goal: Goal) -> Plan:
+    """The plan for ``goal`` by predicted error.
+
+    With an objective, just that. With an error budget: fastest, then smallest. Else least error, but speed is not given
+    up for error that nobody can see: the fastest plan whose error is within a tenth of the least, or within the
+    default. Raises BudgetError when none fits.
+    """
+    if goal.objective is not None or goal.error_budget is not None:
+        return planner.plan(goal.budgets, goal.objectives)
+    least = planner.plan(goal.budgets, _OBJECTIVES["error"]).predicted.relative_error or 0.0
+    limit = tolerated_error(least)
+    plan = planner.plan((*goal.budgets, limit), _OBJECTIVES["latency"])
+    objective = (f"latency at error<={limit.limit:.3g}% (the least is {100 * least:.3g}%)", "error")
+    return plan.model_copy(update={"budgets": tuple(map(str, goal.budgets)), "objective": objective})
+
+
+def _fastest_within_default(site: _Site, allowed: Allowed) -> Outcome:
+    """The fastest plan that stays within the default error. Sensitivities are measured only if the first fails."""
+    allowed = allowed if allowed.weight_bits else replace(allowed, weight_bits=_widest(site.target))
+    first = Planner(site.graph, site.bench.ranges_only(), site.target, allowed).plan((), ("latency", "size"))
+    outcome = site.attempt(first)
+    if _is_good_enough(outcome.measured):
+        return outcome
+    planner = Planner(site.graph, site.bench.everything(allowed.weight_bits), site.target, allowed)
+    limit = DEFAULT_RELATIVE_ERROR
+    for _ in range(_ROUNDS):
+        plan = planner.plan((Budget("error", 100 * limit, "percent"),), _FASTEST)
+        # The limit is this loop's, not the user's.
+        outcome = site.attempt(plan.model_copy(update={"budgets": ()}))
+        if _is_good_enough(outcome.measured):
+            return outcome
+        predicted = outcome.plan.predicted.relative_error or limit
+        correction = _MARGIN * DEFAULT_RELATIVE_ERROR / max(outcome.measured.relative_error, 1e-12)
+        limit = min(limit, predicted) * min(correction, _STEP)
+    return site.attempt(planner.plan((), ("error", "latency", "size")))
+
+
+def _widest(target: Target) -> frozenset[int]:
+    """The widest stored widths that integer kernels take: narrower ones are no faster."""
+    widest = max(target.weights.integer_bits)
+    return frozenset({widest, widest - 1} if target.weights.saturating_pairs else {widest})
+
+
+def _is_good_enough(measured: MeasuredError) -> bool:
+    # One changed decision says nothing about the share, however few samples there are.
+    lost = 0.0 if measured.agreement is None else (1 - measured.agreement) * measured.samples
+    kept = lost < max(1.5, (1 - DEFAULT_AGREEMENT) * measured.samples + 0.5)
+    return kept and measured.relative_error <= DEFAULT_RELATIVE_ERROR
+
+
+def _within_error_budget(site: _Site, planner: Planner, goal: Goal, budget: Budget) -> Outcome:
+    """Tighten the predicted limit until the measured error meets the user's."""
+    others = tuple(other for other in goal.budgets if other is not budget)
+    tightened = budget
+    best: Outcome | None = None
+    for _ in range(_ROUNDS):
+        try:
+            plan = planner.plan((*others, tightened), goal.objectives)
+        except BudgetError:
+            if best is None:
+                raise
+            break
+        # The plan answers to the user's budget, not to the corrected one.
+        plan = plan.model_copy(update={"budgets": tuple(map(str, goal.budgets))})
+        outcome = site.attempt(plan)
+        value = _budgeted(outcome.measured, budget)
+        if value <= budget.limit:
+            return outcome
+        best = outcome if best is None or value < _budgeted(best.measured, budget) else best
+        tightened = replace(tightened, limit=tightened.limit * min(_MARGIN * budget.limit / value, _STEP))
+    assert best is not None
+    raise BudgetError(
+        f"{budget}: the least measured error that was reached is {_budgeted(best.measured, budget):.4g}",
+        hint="allow more error, wider formats (--weights), or fewer other budgets",
+    )
+
+
+def _budgeted(measured: MeasuredError, budget: Budget) -> float:
+    """The measured value in the budget's own unit."""
+    return 100 * measured.relative_error if budget.unit == "percent" else measured.loss

@@ -1,0 +1,65 @@
+"""How a layer's output moves when its weights move: δ∗x, with weights of its own for every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcpaq_onnx.graph.response import grouped_response_model
+from lcpaq_onnx.runtime.session import Session
+
+__all__ = ["LayerResponse", "draws_for"]
+
+Float = NDArray[np.float32]
+
+_DRAW_BYTES = 256 << 20
+
+
+def draws_for(samples: int, weight_elements: int) -> int:
+    """How many weight draws share ``samples`` samples: one each unless they would not fit in 256 MiB."""
+    affordable = max(1, _DRAW_BYTES // (4 * weight_elements))
+    return next(draws for draws in range(min(samples, affordable), 0, -1) if samples % draws == 0)
+
+
+class LayerResponse:
+    """δ∗x of one layer (Conv, ConvTranspose, Gemm, MatMul); linear, so it is exact for any size of δ."""
+
+    def __init__(self, op: str, attrs: Mapping[str, object]) -> None:
+        self._op, self._attrs = op, attrs
+        self._sessions: dict[tuple[int, int], Session] = {}
+
+    def __call__(self, x: Float, v: Float) -> Float:
+        """``x``: the layer's input, samples on axis 0. ``v``: [draws, *weight shape]; draws divide the samples and
+        consecutive samples share one. Returns the change of the layer's output, without bias.
+        """
+        if self._op in ("Gemm", "MatMul"):
+            return self._product(x, v)
+        draws = len(v)
+        each = len(x) // draws
+        channels, extents = x.shape[1], x.shape[2:]
+        grouped = x.reshape(draws, each, channels, *extents).swapaxes(0, 1).reshape(each, draws * channels, *extents)
+        session = self._session(x.ndim, draws)
+        y = session.run({"x": grouped, "v": v.reshape(-1, *v.shape[2:])})["y"]
+        split: Float = y.reshape(each, draws, y.shape[1] // draws, *y.shape[2:]).swapaxes(0, 1)
+        return np.ascontiguousarray(split).reshape(len(x), -1, *y.shape[2:])
+
+    def _product(self, x: Float, v: Float) -> Float:
+        alpha = 1.0
+        if self._op == "Gemm":
+            x = x.T if self._attrs.get("transA", 0) else x
+            v = v.swapaxes(1, 2) if self._attrs.get("transB", 0) else v
+            alpha = float(str(self._attrs.get("alpha", 1.0)))
+        draws = len(v)
+        rows = x.reshape(draws, -1, x.shape[-1])
+        y: Float = np.matmul(rows, v)
+        y = y.reshape(*x.shape[:-1], v.shape[-1])
+        return y if alpha == 1.0 else y * np.float32(alpha)
+
+    def _session(self, rank: int, draws: int) -> Session:
+        key = (rank, draws)
+        if key not in self._sessions:
+            model = grouped_response_model(self._op, self._attrs, rank, draws)
+            self._sessions[key] = Session(model)
+        return self._sessions[key]

@@ -1,0 +1,145 @@
+"""What analyses measure, as plain values: ranges, Hessian diagonals, errors. JSON through pydantic's TypeAdapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = [
+    "ActivationRange",
+    "Cost",
+    "CostTable",
+    "ErrorEntry",
+    "ErrorTable",
+    "HessianDiagonal",
+    "LiveStep",
+    "Measurements",
+    "RecordedTensor",
+]
+
+
+@dataclass(frozen=True)
+class RecordedTensor:
+    """Element type (numpy name) and shape of a tensor as seen when the model ran once; axis 0 is the batch."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory; sub-byte types count a whole byte."""
+        return self.elements * (np.dtype(self.dtype).itemsize if self.dtype in np.sctypeDict else 1)
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """Interval of values a tensor's integers must cover, and the method that chose it."""
+
+    low: float
+    high: float
+    minimum: float
+    maximum: float
+    method: str
+
+
+@dataclass(frozen=True)
+class HessianDiagonal:
+    """Second derivatives of the teacher loss by a layer's weights. Standard errors are over samples.
+
+    ``trace``: sum of the diagonal. ``channel_mean``: mean diagonal entry of each output channel (one entry where the
+    weight has no channel axis). ``squared_error_per_loss``: squared error of the output relative to its scale that
+    comes with one unit of loss, for ``error<=…%`` budgets.
+    """
+
+    trace: float
+    trace_stderr: float
+    relative_stderr: float
+    squared_error_per_loss: float
+    channel_mean: tuple[float, ...]
+    channel_stderr: tuple[float, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
+class ErrorEntry:
+    """Predicted contribution of one decision to the output's error.
+
+    ``loss``: teacher loss (KL in nats for class scores, normalised squared error otherwise). ``squared_error``: mean
+    squared error over the squared output scale. Both add up over decisions to first order.
+    """
+
+    loss: float
+    squared_error: float
+    loss_stderr: float = 0.0
+
+
+@dataclass(frozen=True)
+class ErrorTable:
+    """Layer → stored weight bits → error; activation group → activation bits → error. Float costs no error."""
+
+    layers: dict[str, dict[int, ErrorEntry]] = field(default_factory=dict)
+    activations: dict[str, dict[int, ErrorEntry]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one decision adds: bytes in the file, time at the recorded shapes, bit operations. ``source`` says where
+    the time comes from (``table`` or ``roofline``).
+    """
+
+    size_bytes: int = 0
+    latency_us: float = 0.0
+    bops: float = 0.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs on one target. Formats are texts: ``w4a8`` for layers, ``a8`` or ``f32`` for activation groups, ``int8`` or
+    ``f32`` for operators.
+
+    ``storage``: how each stored width stands in the file. ``isolated``: extra DequantizeLinear of a float layer.
+    ``unpack``: bytes that all packed layers of one width share. ``reference``: totals of the float model.
+    """
+
+    layers: dict[str, dict[str, Cost]]
+    activations: dict[str, dict[str, Cost]]
+    operators: dict[str, dict[str, Cost]]
+    isolated: dict[str, Cost]
+    unpack: dict[int, int]
+    storage: dict[int, str]
+    fixed_size_bytes: int
+    reference: Cost
+
+
+@dataclass(frozen=True)
+class LiveStep:
+    """What is alive while ``node`` runs: bytes of tensors that no decision moves, elements of the groups."""
+
+    node: str
+    fixed_bytes: int
+    groups: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything measured on the model with calibration data: enough to plan for any target and budget."""
+
+    schema: int
+    tool_version: str
+    source_sha256: str
+    source_size_bytes: int
+    calibration: str
+    loss: str
+    tensors: dict[str, RecordedTensor]
+    ranges: dict[str, ActivationRange]
+    hessian: dict[str, HessianDiagonal]
+    errors: ErrorTable

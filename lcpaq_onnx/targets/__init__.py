@@ -1,0 +1,1 @@
+"""Hardware targets: schema, loading, measured latency tables."""

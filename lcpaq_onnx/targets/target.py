@@ -1,0 +1,215 @@
+"""Hardware targets: what is legal, what it executes in, what it costs. Data with a schema; see docs/targets.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from lcpaq_onnx.errors import TargetError
+from lcpaq_onnx.formats import FLOAT_LAYER, LayerFormat, QFormat
+from lcpaq_onnx.signature import KINDS, OperatorSignature, kinds_of
+from lcpaq_onnx.targets.latency import LatencyEstimate, LatencyTable, read_latency_table
+from lcpaq_onnx.targets.schema import (
+    MODE,
+    Executed,
+    FrozenModel,
+    Memory,
+    OperatorRule,
+    Quirk,
+    Rates,
+    Runtime,
+    StorageRule,
+    TensorFormat,
+    Weights,
+)
+
+__all__ = ["Executed", "Quirk", "StorageRule", "Target"]
+
+
+class Target(FrozenModel):
+    """A validated descriptor with its latency table. Made by ``target_loader.load``.
+
+    With ``weights.saturating_pairs`` two neighbouring products along the reduction share a 16-bit accumulator: the
+    result is wrong where 255 * (|w1| + |w2|) > 32767. Weights of 7 bits cannot reach it.
+    """
+
+    name: str
+    description: str
+    schema_version: Literal[1] = Field(alias="schema")
+    sources: tuple[str, ...]
+    runtime: Runtime
+    activations: dict[int, TensorFormat]
+    weights: Weights
+    storage: tuple[StorageRule, ...]
+    operators: dict[str, OperatorRule]
+    quirks: tuple[Quirk, ...] = ()
+    rates: Rates
+    memory: Memory = Memory()
+
+    _table_file: Path | None = PrivateAttr(default=None)
+
+    @classmethod
+    def build(cls, json_text: str, table_file: Path | None) -> Target:
+        """Validate the JSON text of a whole descriptor. Raises pydantic.ValidationError."""
+        target = cls.model_validate_json(json_text)
+        target._table_file = table_file
+        return target
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Target:
+        for bits, fmt in self.activations.items():
+            if fmt.bits != bits or fmt.axis is not None:
+                raise ValueError(f"activations.{bits}: '{fmt}' is not a per-tensor format of {bits} bits")
+        stored = set(self.weights.stored_bits)
+        if missing := set(self.weights.integer_bits) - stored:
+            raise ValueError(f"weights.integer_bits: {sorted(missing)} missing from weights.stored_bits")
+        if missing := stored - {bits for rule in self.storage for bits in rule.bits}:
+            raise ValueError(f"storage: no expression for the stored widths {sorted(missing)}")
+        for op, rule in self.operators.items():
+            self._check_operator(op, rule)
+        if missing_kinds := [kind for kind in KINDS if not self.rates.has_rate("f32", kind)]:
+            raise ValueError(f"rates.executed.f32.work_per_s: no rate for {', '.join(missing_kinds)}")
+        for name in ("quantize_ns_per_element", "dequantize_ns_per_element"):
+            if missing := set(self.activations) - set(getattr(self.rates, name)):
+                raise ValueError(f"rates.{name}: no figure for {sorted(missing)} bits")
+        return self
+
+    def _check_operator(self, op: str, rule: OperatorRule) -> None:
+        for mode in rule.layers:
+            if not MODE.fullmatch(mode) or (mode != "weight-only" and int(mode[1:]) not in self.activations):
+                modes = ["weight-only", *(f"a{bits}" for bits in sorted(self.activations))]
+                raise ValueError(f"operators.{op}.layers: unknown mode '{mode}', use {', '.join(modes)}")
+        if missing := set(rule.integer) - set(self.activations):
+            raise ValueError(f"operators.{op}.integer: {sorted(missing)} missing from activations")
+        executed = {value for value in rule.layers.values() if value != "illegal"}
+        for value in sorted(executed | {f"int{bits}" for bits in rule.integer}):
+            missing_kinds = [kind for kind in kinds_of(op) if not self.rates.has_rate(value, kind)]
+            if missing_kinds:
+                raise ValueError(
+                    f"rates.executed.{value}.work_per_s: no rate for {', '.join(missing_kinds)}, needed by {op}"
+                )
+
+    def layer_formats(self, op: str) -> tuple[LayerFormat, ...]:
+        """Formats a layer of operator ``op`` may have: float, then widest first. Unknown operators: float only."""
+        rule = self.operators.get(op)
+        modes: list[int | None] = []
+        if rule is not None:
+            modes = [
+                None if m == "weight-only" else int(m[1:]) for m, value in rule.layers.items() if value != "illegal"
+            ]
+        formats = [
+            LayerFormat(bits, activation)
+            for activation in modes
+            for bits in self.weights.stored_bits
+            if bits in self.weights.integer_bits or not self._mode(op, activation).startswith("int")
+        ]
+        formats.sort(key=lambda f: (-(f.weight_bits or 0), -(f.activation_bits or 32)))
+        return (FLOAT_LAYER, *formats)
+
+    def executed(self, op: str, layer_format: LayerFormat) -> Executed:
+        """What the kernel computes in. Raises TargetError for a format that is not legal for ``op``."""
+        if layer_format.is_float:
+            return "f32"
+        formats = self.layer_formats(op)
+        if layer_format not in formats:
+            raise TargetError(
+                f"target '{self.name}': {op} cannot be {layer_format}", hint=f"use one of {' '.join(map(str, formats))}"
+            )
+        return self._mode(op, layer_format.activation_bits)
+
+    def _mode(self, op: str, activation_bits: int | None) -> Executed:
+        value = self.operators[op].layers["weight-only" if activation_bits is None else f"a{activation_bits}"]
+        assert value != "illegal"
+        return value
+
+    def runs_integer(self, op: str, activation_bits: int, attributes: Mapping[str, object] | None = None) -> bool:
+        """Whether an operator without weights has an integer kernel between Q/DQ of ``activation_bits``.
+
+        Operators that keep their input's scale (``graph.ops``) need the same scale on both sides. Some have the kernel
+        for certain attribute values only (Resize: mode nearest): False unless ``attributes`` shows these.
+        """
+        rule = self.operators.get(op)
+        if rule is None or activation_bits not in rule.integer:
+            return False
+        return all((attributes or {}).get(key) == value for key, value in rule.only_if.items())
+
+    def needs_quantized_output(self, op: str) -> bool:
+        """Whether a layer's integer kernel exists only with a QuantizeLinear behind it."""
+        return not self.operators.get(op, OperatorRule()).float_output
+
+    def activation_format(self, bits: int) -> QFormat:
+        """Per-tensor format of activations. Raises TargetError if the width is not legal."""
+        if bits not in self.activations:
+            raise TargetError(
+                f"target '{self.name}' has no {bits}-bit activations",
+                hint=f"use {' or '.join(str(b) for b in sorted(self.activations))} bits, or float",
+            )
+        return self.activations[bits]
+
+    def weight_format(self, op: str, bits: int, channel_axis: int | None) -> QFormat:
+        """Symmetric signed format of a weight, per channel along ``channel_axis`` where that is legal. Raises
+        TargetError if the width is not legal."""
+        if bits not in self.weights.stored_bits:
+            raise TargetError(
+                f"target '{self.name}' stores no {bits}-bit weights",
+                hint=f"use one of {', '.join(map(str, self.weights.stored_bits))} bits",
+            )
+        rule = self.operators.get(op, OperatorRule())
+        per_channel = self.weights.per_channel if rule.per_channel is None else rule.per_channel
+        return QFormat(bits=bits, axis=channel_axis if per_channel else None)
+
+    def storage_for(self, bits: int, *, opset_max: int | None = None) -> StorageRule:
+        """The preferred way to store weights of ``bits`` under the target's opset and IR ceilings, and under
+        ``opset_max`` if given. Raises TargetError if none fits."""
+        ceiling = min(self.runtime.opset_max, opset_max or self.runtime.opset_max)
+        fitting = [rule for rule in self.storage if bits in rule.bits and rule.min_ir <= self.runtime.ir_max]
+        for rule in fitting:
+            if rule.min_opset <= ceiling:
+                return rule
+        least = min((rule.min_opset for rule in fitting), default=None)
+        raise TargetError(
+            f"target '{self.name}': {bits}-bit weights cannot be stored at opset {ceiling}",
+            hint=f"allow opset {least}"
+            if least
+            else f"use one of {', '.join(map(str, self.weights.stored_bits))} bits",
+        )
+
+    def has_quirk(self, quirk: Quirk) -> bool:
+        return quirk in self.quirks
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """Measured latencies; empty where the target has none. Read at first use; raises TargetError."""
+        return LatencyTable() if self._table_file is None else read_latency_table(self._table_file)
+
+    def latency(self, signature: OperatorSignature, executed: str) -> LatencyEstimate:
+        """Time of one node in microseconds: measured for this very signature, else by roofline. Raises TargetError
+        where the target has no rate for that format and kind."""
+        row = self.table.rows.get((signature.key, executed))
+        if row is not None:
+            return LatencyEstimate(row.latency_us, "table")
+        return LatencyEstimate(self.roofline_us(signature, executed), "roofline")
+
+    def roofline_us(self, signature: OperatorSignature, executed: str) -> float:
+        """Time of one node from rates alone, in microseconds. Raises TargetError as ``latency`` does."""
+        rates = self.rates.of(executed)
+        if rates is None or signature.kind not in rates.work_per_s:
+            raise TargetError(
+                f"target '{self.name}' has no rate for {signature.kind} in {executed}",
+                hint=f"add rates.executed.{executed}.work_per_s.{signature.kind} to the descriptor",
+            )
+        work_s = signature.work / rates.work_per_s[signature.kind]
+        traffic_s = signature.bytes(executed) / rates.bandwidth_bytes_per_s
+        return self.rates.dispatch_us + rates.kernel_us + max(work_s, traffic_s) * 1e6
+
+    def conversion_us(self, kind: Literal["quantize", "dequantize"], elements: int, bits: int) -> float:
+        """Time of one Q or DQ node over ``elements`` activations, in microseconds. Raises TargetError if the width is
+        not legal."""
+        self.activation_format(bits)
+        rates = self.rates
+        table = rates.quantize_ns_per_element if kind == "quantize" else rates.dequantize_ns_per_element
+        return rates.dispatch_us + elements * table[bits] / 1000

@@ -1,0 +1,60 @@
+"""Measured error of an emitted model against the float one, on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcpaq_onnx.numeric.losses import OutputScale, TeacherLoss, agreement, relative_squared_error
+from lcpaq_onnx.runtime.calibration import Feed
+from lcpaq_onnx.runtime.session import Session
+
+__all__ = ["MeasuredError", "Reference", "measure_error"]
+
+Outputs = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class MeasuredError:
+    """Means over ``samples``. ``relative_error``: root mean square error over the output's scale (its range).
+    ``agreement``: share of decisions kept, None where outputs are not class scores.
+    """
+
+    loss: float
+    loss_stderr: float
+    relative_error: float
+    agreement: float | None
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The float model's answers and how to compare with them. ``decides``: outputs are class scores."""
+
+    loss: TeacherLoss
+    scale: OutputScale
+    decides: bool
+
+
+def measure_error(session: Session, pairs: Iterable[tuple[Feed, Outputs]], reference: Reference) -> MeasuredError:
+    """Run ``session`` on the feeds of ``pairs`` and compare with the float outputs beside them."""
+    losses, squared, kept, samples = [], [], 0.0, 0
+    for feed, expected in pairs:
+        outputs = session.run(feed, list(expected))
+        loss = reference.loss(expected, outputs)
+        losses.append(loss)
+        squared.append(relative_squared_error(expected, outputs, reference.scale))
+        samples += len(loss)
+        if reference.decides:
+            kept += agreement(expected, outputs) * len(loss)
+    all_losses, all_squared = np.concatenate(losses), np.concatenate(squared)
+    return MeasuredError(
+        loss=float(all_losses.mean()),
+        loss_stderr=float(all_losses.std(ddof=1) / np.sqrt(samples)) if samples > 1 else 0.0,
+        relative_error=float(np.sqrt(all_squared.mean())),
+        agreement=kept / samples if reference.decides else None,
+        samples=samples,
+    )

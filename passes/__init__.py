@@ -1,0 +1,90 @@
+"""The built-in passes: kebab-case name -> ``module:Class``, imported only when asked for. Append a line to add one.
+
+The classes and pipelines that the library itself uses can be imported from here by name; that is lazy too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .analysis.activation_ranges import ActivationRanges
+    from .analysis.batch_size import BatchSize
+    from .analysis.calibration_run import CalibrationRun
+    from .analysis.cost_table import CostTables, SizeModels
+    from .analysis.error_table import ErrorTables
+    from .analysis.graph_structure import GraphStructure
+    from .analysis.hessian_diagonals import HessianDiagonals
+    from .analysis.memory_timeline import MemoryTimeline
+    from .analysis.recorded_tensors import RecordedTensors
+    from .analysis.suffixes import teacher_of
+    from .pipelines import PREPARE, QUANTIZE, raise_to
+
+__all__ = [
+    "BUILTIN_ANALYSES",
+    "BUILTIN_PASSES",
+    "PREPARE",
+    "QUANTIZE",
+    "ActivationRanges",
+    "BatchSize",
+    "CalibrationRun",
+    "CostTables",
+    "ErrorTables",
+    "GraphStructure",
+    "HessianDiagonals",
+    "MemoryTimeline",
+    "RecordedTensors",
+    "SizeModels",
+    "raise_to",
+    "teacher_of",
+]
+
+BUILTIN_PASSES: dict[str, str] = {
+    "canonical-names": "lcpaq_onnx.passes.rewrite.canonical_names:CanonicalNames",
+    "fold-batch-norm": "lcpaq_onnx.passes.rewrite.fold_batch_norm:FoldBatchNorm",
+    "fold-constants": "lcpaq_onnx.passes.rewrite.fold_constants:FoldConstants",
+    "inline-if": "lcpaq_onnx.passes.rewrite.inline_if:InlineIf",
+    "insert-qdq": "lcpaq_onnx.passes.rewrite.insert_qdq:InsertQdq",
+    "pack-weights": "lcpaq_onnx.passes.rewrite.pack_weights:PackWeights",
+    "quantize-biases": "lcpaq_onnx.passes.rewrite.quantize_biases:QuantizeBiases",
+    "raise-opset": "lcpaq_onnx.passes.rewrite.raise_opset:RaiseOpset",
+    "remove-unused": "lcpaq_onnx.passes.rewrite.remove_unused:RemoveUnused",
+    "round-weights": "lcpaq_onnx.passes.rewrite.round_weights:RoundWeights",
+    "separate-shared-biases": "lcpaq_onnx.passes.rewrite.separate_shared_biases:SeparateSharedBiases",
+    "stamp-plan": "lcpaq_onnx.passes.rewrite.stamp_plan:StampPlan",
+}
+
+BUILTIN_ANALYSES: dict[str, str] = {
+    "activation-errors": "lcpaq_onnx.passes.analysis.activation_errors:ActivationErrors",
+    "activation-ranges": "lcpaq_onnx.passes.analysis.activation_ranges:ActivationRanges",
+    "batch-size": "lcpaq_onnx.passes.analysis.batch_size:BatchSize",
+    "calibration-run": "lcpaq_onnx.passes.analysis.calibration_run:CalibrationRun",
+    "cost-table": "lcpaq_onnx.passes.analysis.cost_table:CostTables",
+    "error-tables": "lcpaq_onnx.passes.analysis.error_table:ErrorTables",
+    "graph-structure": "lcpaq_onnx.passes.analysis.graph_structure:GraphStructure",
+    "hessian-diagonals": "lcpaq_onnx.passes.analysis.hessian_diagonals:HessianDiagonals",
+    "memory-timeline": "lcpaq_onnx.passes.analysis.memory_timeline:MemoryTimeline",
+    "recorded-tensors": "lcpaq_onnx.passes.analysis.recorded_tensors:RecordedTensors",
+    "rounding-errors": "lcpaq_onnx.passes.analysis.rounding_errors:RoundingErrors",
+    "size-model": "lcpaq_onnx.passes.analysis.cost_table:SizeModels",
+}
+
+_ELSEWHERE = {
+    "PREPARE": ".pipelines",
+    "QUANTIZE": ".pipelines",
+    "raise_to": ".pipelines",
+    "teacher_of": ".analysis.suffixes",
+}
+
+
+def __getattr__(name: str) -> object:
+    modules = {class_name: module for module, _, class_name in (r.partition(":") for r in _references())} | _ELSEWHERE
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(modules[name], __name__), name)
+    return value
+
+
+def _references() -> list[str]:
+    return [*BUILTIN_PASSES.values(), *BUILTIN_ANALYSES.values()]

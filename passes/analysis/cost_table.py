@@ -1,0 +1,145 @@
+"""What each decision costs on the target: exact bytes, latency, bit operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from lcpaq_onnx.errors import TargetError
+from lcpaq_onnx.formats import LayerFormat
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.query import Layer, nodes_by_name
+from lcpaq_onnx.graph.signatures import Shape, signature_of
+from lcpaq_onnx.graph.size_model import SizeModel, StoredLayer
+from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
+from lcpaq_onnx.provenance import model_metadata
+from lcpaq_onnx.signature import OperatorSignature
+from lcpaq_onnx.tables import Cost, CostTable
+from lcpaq_onnx.targets.target import Target
+
+from .graph_structure import GraphStructure
+from .recorded_tensors import RecordedTensors
+
+__all__ = ["CostTables", "SizeModels", "stored_layer"]
+
+_EXECUTED_BITS = {"f32": 32, "f16": 16, "int16": 16, "int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class SizeModels(Analysis[SizeModel]):
+    """Byte counts of the emitted file, by decision and in total."""
+
+    name: ClassVar[str] = "size-model"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> SizeModel:
+        return SizeModel(graph, analyses.get(GraphStructure), model_metadata(analyses.target.name, "0" * 64))
+
+
+def stored_layer(layer: Layer, format: LayerFormat, target: Target, storage: dict[int, str]) -> StoredLayer:
+    """How ``layer`` stands in the file in ``format``."""
+    if format.weight_bits is None:
+        return StoredLayer()
+    return StoredLayer(
+        weight=target.weight_format(layer.op, format.weight_bits, layer.channel_axis),
+        storage=storage[format.weight_bits],
+        with_scale_only=format.is_weight_only,
+        integer_bias=layer.bias is not None and target.executed(layer.op, format).startswith("int"),
+    )
+
+
+@dataclass(frozen=True)
+class CostTables(Analysis[CostTable]):
+    """Costs of every legal format at the recorded shapes.
+
+    Latency: the target's measured row for that very node, else its roofline. A layer's time covers its fused
+    activation. Bit operations: multiply-accumulates × executed weight bits × executed activation bits (HAWQ-V3).
+    """
+
+    name: ClassVar[str] = "cost-table"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> CostTable:
+        target = analyses.target
+        structure = analyses.get(GraphStructure)
+        recorded = analyses.get(RecordedTensors)
+        sizes = analyses.get(SizeModels)
+        storage = _storage(target, graph.opset)
+        shapes = {name: tensor.shape for name, tensor in recorded.items()}
+        nodes = nodes_by_name(graph)
+        layers = {
+            layer.name: self._layer(layer, signature_of(nodes[layer.name], shapes), target, sizes, storage)
+            for layer in structure.layers
+        }
+        operators = {
+            operator.name: self._operator(nodes[operator.name], shapes, target) for operator in structure.operators
+        }
+        formats = {f"a{bits}": target.activation_format(bits) for bits in target.activations}
+        float_layers = [costs["f32"] for costs in layers.values()]
+        return CostTable(
+            layers=layers,
+            activations={
+                group.name: {text: Cost(size_bytes=sizes.group_bytes(group, f)) for text, f in formats.items()}
+                for group in structure.groups
+            },
+            operators=operators,
+            isolated={
+                layer.name: Cost(size_bytes=sizes.isolated_bytes(layer.name, shape[1], target.activation_format(8)))
+                for layer in structure.layers
+                if len(shape := shapes[layer.input]) > 1
+            },
+            unpack={bits: sizes.blob_bytes(bits) for bits, how in storage.items() if how == "packed-bytes"},
+            storage=storage,
+            fixed_size_bytes=sizes.fixed_bytes,
+            reference=Cost(
+                size_bytes=sizes.fixed_bytes + sum(cost.size_bytes for cost in float_layers),
+                latency_us=sum(c.latency_us for c in float_layers)
+                + sum(c["f32"].latency_us for c in operators.values()),
+                bops=sum(cost.bops for cost in float_layers),
+            ),
+        )
+
+    def _layer(
+        self, layer: Layer, signature: OperatorSignature, target: Target, sizes: SizeModel, storage: dict[int, str]
+    ) -> dict[str, Cost]:
+        costs = {}
+        for format in target.layer_formats(layer.op):
+            if format.weight_bits is not None and format.weight_bits not in storage:
+                continue
+            executed = target.executed(layer.op, format)
+            latency = target.latency(signature, executed)
+            bits = _EXECUTED_BITS[executed]
+            size = sizes.layer_bytes(layer.name, stored_layer(layer, format, target, storage))
+            costs[str(format)] = Cost(size, latency.latency_us, float(signature.macs * bits * bits), latency.source)
+        return costs
+
+    def _operator(self, node: gs.Node, shapes: Mapping[str, Shape], target: Target) -> dict[str, Cost]:
+        """Time in float, and in integer where the target has a kernel. Bodies of control flow are not counted."""
+        if any(
+            tensor.name not in shapes
+            for tensor in (*node.inputs, *node.outputs)
+            if isinstance(tensor, gs.Variable) and tensor.name
+        ):
+            return {"f32": Cost()}
+        signature = signature_of(node, shapes)
+        costs = {"f32": _time(target, signature, "f32")}
+        if target.runs_integer(node.op, 8, node.attrs):
+            costs["int8"] = _time(target, signature, "int8")
+        return costs
+
+
+def _time(target: Target, signature: OperatorSignature, executed: str) -> Cost:
+    latency = target.latency(signature, executed)
+    return Cost(latency_us=latency.latency_us, source=latency.source)
+
+
+def _storage(target: Target, opset: int) -> dict[int, str]:
+    """Stored bits → expression, for the widths that this opset can express."""
+    rules: dict[int, str] = {}
+    for bits in target.weights.stored_bits:
+        try:
+            rules[bits] = target.storage_for(bits, opset_max=opset).expression
+        except TargetError:
+            continue
+    return rules

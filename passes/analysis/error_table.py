@@ -1,0 +1,108 @@
+"""What each decision would cost in output error: layer × stored weight bits, activation group × bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lcpaq_onnx.formats import QFormat
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.query import Layer, nodes_by_name, weight_values
+from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
+from lcpaq_onnx.numeric.hutchinson import channel_rows
+from lcpaq_onnx.numeric.ranges import RangeMethod
+from lcpaq_onnx.numeric.rounding import round_nearest
+from lcpaq_onnx.tables import ErrorEntry, ErrorTable, HessianDiagonal
+
+from .activation_errors import ActivationErrors
+from .graph_structure import GraphStructure
+from .hessian_diagonals import HessianDiagonals
+from .rounding_errors import RoundingErrors
+
+__all__ = ["ErrorTables"]
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ErrorTables(Analysis[ErrorTable]):
+    """Layers: ``½ Σ_c h_c ‖δ_c‖²`` with the Hessian diagonal h of each output channel and the rounding error δ of the
+    format (HAWQ-V3, equation 5, by channel), brought to the level that is measured at the widths of ``measured``; these
+    stand as measured. Activations: measured.
+
+    The measured level matters at few bits, where δ is neither small nor random: over ResNet-20's layers the rank
+    correlation of second order alone with measured losses on other images is 0.65 to 0.75 at 2 to 4 bits.
+    """
+
+    name: ClassVar[str] = "error-tables"
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 16)
+    measured: tuple[int, ...] = (2, 3, 4)
+    samples: int = 128
+    probes: int = 1
+    method: RangeMethod = "mse"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> ErrorTable:
+        diagonals = analyses.get(HessianDiagonals(self.samples, self.probes))
+        rounding = analyses.get(RoundingErrors(self.measured, self.samples))
+        measured = _steadied(rounding)
+        nodes = nodes_by_name(graph)
+        layers = {
+            layer.name: self._of_layer(
+                layer, weight_values(nodes[layer.name], layer), diagonals[layer.name], measured[layer.name]
+            )
+            for layer in analyses.get(GraphStructure).layers
+        }
+        return ErrorTable(layers, analyses.get(ActivationErrors(self.samples, self.method)))
+
+    def _of_layer(
+        self, layer: Layer, weight: Float, diagonal: HessianDiagonal, measured: Mapping[int, ErrorEntry]
+    ) -> dict[int, ErrorEntry]:
+        second_order = {bits: _second_order(layer, weight, diagonal, bits) for bits in self.bits}
+        anchor = max(measured, default=None)
+        if anchor is not None and second_order[anchor].loss > 0:
+            level = measured[anchor].loss / second_order[anchor].loss
+            squared_level = measured[anchor].squared_error / max(second_order[anchor].squared_error, 1e-300)
+            second_order = {bits: _scaled(entry, level, squared_level) for bits, entry in second_order.items()}
+        entries: dict[int, ErrorEntry] = {}
+        floor = ErrorEntry(0.0, 0.0)
+        # Errors do not grow with bits: from the widest down, none is below the one before it.
+        for bits in sorted(self.bits, reverse=True):
+            entry = measured.get(bits, second_order[bits])
+            floor = ErrorEntry(
+                max(floor.loss, entry.loss), max(floor.squared_error, entry.squared_error), entry.loss_stderr
+            )
+            entries[bits] = floor
+        return entries
+
+
+def _second_order(layer: Layer, weight: Float, diagonal: HessianDiagonal, bits: int) -> ErrorEntry:
+    rounded = round_nearest(weight, QFormat(bits=bits, axis=layer.channel_axis)).dequantized()
+    power = (channel_rows(rounded - weight, layer.channel_axis).astype(np.float64) ** 2).sum(axis=1)
+    loss = 0.5 * float(np.asarray(diagonal.channel_mean) @ power)
+    return ErrorEntry(loss, loss * diagonal.squared_error_per_loss, loss * diagonal.relative_stderr)
+
+
+def _scaled(entry: ErrorEntry, level: float, squared_level: float) -> ErrorEntry:
+    return ErrorEntry(entry.loss * level, entry.squared_error * squared_level, entry.loss_stderr * level)
+
+
+def _steadied(measured: Mapping[str, Mapping[int, ErrorEntry]]) -> dict[str, dict[int, ErrorEntry]]:
+    """Losses replaced by the geometric mean with the squared error, each width's sum kept.
+
+    A few undecided samples carry most of a Kullback-Leibler loss, so its mean over a hundred samples ranks layers
+    worse than the loss itself is measured; the squared error spreads evenly. On ResNet-20 with 128 calibration samples
+    the rank correlation with losses on other images rises from 0.79 to 0.88 at 3 bits and from 0.86 to 0.90 at 4.
+    """
+    steadied: dict[str, dict[int, ErrorEntry]] = {name: {} for name in measured}
+    for bits in {bits for entries in measured.values() for bits in entries}:
+        entries = {name: by_bits[bits] for name, by_bits in measured.items()}
+        mixed = {name: float(np.sqrt(entry.loss * entry.squared_error)) for name, entry in entries.items()}
+        total = sum(mixed.values())
+        factor = sum(entry.loss for entry in entries.values()) / total if total > 0 else 0.0
+        for name, entry in entries.items():
+            steadied[name][bits] = ErrorEntry(mixed[name] * factor, entry.squared_error, entry.loss_stderr)
+    return steadied

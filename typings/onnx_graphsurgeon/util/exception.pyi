@@ -1,0 +1,1 @@
+class OnnxGraphSurgeonException(Exception): ...  # noqa: N818 - its name there
