@@ -109,7 +109,7 @@ class SizeModel:
                 format = groups[self._structure.group_of()[layer.input]]
                 assert format is not None
                 graph_bytes += self._isolated_bytes(layer, channels[name], format)
-                by = _isolated_growth(layer) - (len("/dq") if layer.input in self._inputs else 0)
+                by = _isolated_growth(layer) - (_growth(layer.input, "/dq") if layer.input in self._inputs else 0)
                 longer[name] = longer.get(name, 0) + by
         for bits, members in packed.items():
             graph_bytes += self._blob_bytes(bits, tuple(self._piece(layer) for layer in members))
@@ -198,9 +198,9 @@ class SizeModel:
             if name in self._inputs:
                 for node in tensor.outputs:
                     if node.name in self._nodes:
-                        renames.append((node, len("/dq") * sum(t is tensor for t in node.inputs)))
+                        renames.append((node, _growth(name, "/dq") * sum(t is tensor for t in node.inputs)))
             else:
-                renames.append((tensor.inputs[0], len("/f")))
+                renames.append((tensor.inputs[0], _growth(name, "/f")))
         return [(node, by) for node, by in renames if by]
 
     @cached_property
@@ -226,8 +226,14 @@ def _payload(field_bytes: int) -> int:
     return next(n for n in range(field_bytes - 2, max(-1, field_bytes - 12), -1) if _prefixed(n) == field_bytes)
 
 
+def _growth(name: str, ending: str) -> int:
+    """What ``ending`` adds to a node that names ``name``: its own bytes, and now and then the length's."""
+    before = len(name.encode())
+    return _prefixed(before + len(ending.encode())) - _prefixed(before)
+
+
 def _isolated_growth(layer: Layer) -> int:
-    return len(emit.isolated_name(layer.input, layer.name).encode()) - len(layer.input.encode())
+    return _growth(layer.input, emit.isolated_name(layer.input, layer.name)[len(layer.input) :])
 
 
 def _longer(node: gs.Node, by: int) -> int:

@@ -65,7 +65,7 @@ def mse_scales(values: Float, format: QFormat) -> Float:
         for grid in (_COARSE, _FINE):
             candidates = grid[:, None] if grid is _COARSE else np.clip(ratio + grid[:, None], 0.05, 1.05)
             candidates = np.broadcast_to(candidates, (len(grid), len(largest)))
-            errors = np.stack([_squared_error(unit_rows, r / format.qmax, format) for r in candidates])
+            errors = np.stack([_squared_error(unit_rows, (r / format.qmax).astype(np.float32), format) for r in candidates])
             ratio = np.take_along_axis(candidates, errors.argmin(axis=0)[None], axis=0)[0]
         ratio = np.where(is_zero, np.float32(1), ratio)
     scale = (largest / format.qmax * ratio).astype(np.float32)

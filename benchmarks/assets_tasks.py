@@ -1,0 +1,91 @@
+"""The labelled tasks of the assets folder: which models classify, their feeds, labels and metrics."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+__all__ = ["Assets", "AssetsMissing", "Task", "find_assets"]
+
+Feed = dict[str, np.ndarray]
+
+_ROW = re.compile(r"^\|\s*(?P<task>\w+)\s*\|.*\|\s*classify\s*\|\s*$", re.MULTILINE)
+
+
+class AssetsMissing(Exception):
+    """There is no assets folder; the text says how to name one."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classifier. ``kind``: "logits" or "probabilities", what its output is. Feeds hold one sample each."""
+
+    name: str
+    model: Path
+    kind: str
+    calibration: list[Feed]
+    evaluation: list[Feed]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A folder with ``tasks.py``, ``README.md``, models and data."""
+
+    root: Path
+
+    @cached_property
+    def _tasks(self) -> ModuleType:
+        spec = importlib.util.spec_from_file_location("assets_folder_tasks", self.root / "tasks.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+
+    def classifiers(self) -> tuple[str, ...]:
+        """Tasks that the README calls "classify" and whose model is here, in its order."""
+        named = _ROW.findall((self.root / "README.md").read_text(encoding="utf-8"))
+        return tuple(name for name in named if (self.root / self._tasks.TASKS[name].model).is_file())
+
+    def task(self, name: str, calibration: int, evaluation: int) -> Task:
+        """``calibration`` and at most ``evaluation`` samples, none in both."""
+        entry = self._tasks.TASKS[name]
+        calibration_feeds = self._tasks.calibration(name, calibration)
+        # Without a calibration split of its own, the first samples calibrate and must not be judged on.
+        skipped = 0 if entry.calibration else len(calibration_feeds)
+        feeds, labels = entry.samples(skipped + evaluation)
+        last = skipped + evaluation
+        return Task(
+            name, self.root / entry.model, entry.kind, calibration_feeds, feeds[skipped:last], labels[skipped:last]
+        )
+
+    def top1(self, outputs: list[np.ndarray], labels: list[int]) -> float:
+        """Share of correct decisions, 0 to 1; one output per sample."""
+        return float(self._tasks.accuracy(outputs, labels)["top1"])
+
+    def compare(self, kind: str, outputs: list[np.ndarray], reference: list[np.ndarray]) -> tuple[float, float]:
+        """(mean KL divergence in nats, share of equal decisions) against the float model's ``reference``."""
+        found = self._tasks.compare(kind, outputs, reference)
+        return float(found["kl"]), float(found["agreement"])
+
+
+def find_assets() -> Assets:
+    """The folder that LCPAQ_ASSETS names, else ``shared/assets`` beside or in the project. Raises AssetsMissing."""
+    project = Path(__file__).resolve().parent.parent
+    named = os.environ.get("LCPAQ_ASSETS")
+    places = [Path(named)] if named else [project / "shared" / "assets", project.parent / "shared" / "assets"]
+    for root in places:
+        if (root / "tasks.py").is_file() and (root / "README.md").is_file():
+            return Assets(root)
+    looked = ", ".join(map(str, places))
+    raise AssetsMissing(f"no benchmark assets (tasks.py, README.md) in {looked}; name their folder in LCPAQ_ASSETS")
