@@ -13,14 +13,14 @@ from types import ModuleType
 
 import numpy as np
 
-__all__ = ["Assets", "AssetsMissing", "Task", "find_assets"]
+__all__ = ["Assets", "AssetsMissingError", "Task", "find_assets"]
 
 Feed = dict[str, np.ndarray]
 
 _ROW = re.compile(r"^\|\s*(?P<task>\w+)\s*\|.*\|\s*classify\s*\|\s*$", re.MULTILINE)
 
 
-class AssetsMissing(Exception):
+class AssetsMissingError(Exception):
     """There is no assets folder; the text says how to name one."""
 
 
@@ -80,7 +80,7 @@ class Assets:
 
 
 def find_assets() -> Assets:
-    """The folder that LCPAQ_ASSETS names, else ``shared/assets`` beside or in the project. Raises AssetsMissing."""
+    """The folder that LCPAQ_ASSETS names, else ``shared/assets`` beside or in the project. Raises AssetsMissingError."""
     project = Path(__file__).resolve().parent.parent
     named = os.environ.get("LCPAQ_ASSETS")
     places = [Path(named)] if named else [project / "shared" / "assets", project.parent / "shared" / "assets"]
@@ -88,4 +88,6 @@ def find_assets() -> Assets:
         if (root / "tasks.py").is_file() and (root / "README.md").is_file():
             return Assets(root)
     looked = ", ".join(map(str, places))
-    raise AssetsMissing(f"no benchmark assets (tasks.py, README.md) in {looked}; name their folder in LCPAQ_ASSETS")
+    raise AssetsMissingError(
+        f"no benchmark assets (tasks.py, README.md) in {looked}; name their folder in LCPAQ_ASSETS"
+    )

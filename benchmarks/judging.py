@@ -138,7 +138,5 @@ def _stacks(session: ort.InferenceSession, feeds: list[Feed]) -> bool:
 
 def _sqnr_db(outputs: list[np.ndarray], reference: list[np.ndarray]) -> float:
     signal = sum(float((r.astype(np.float64) ** 2).sum()) for r in reference)
-    noise = sum(
-        float(((o.astype(np.float64) - r) ** 2).sum()) for o, r in zip(outputs, reference, strict=True)
-    )
+    noise = sum(float(((o.astype(np.float64) - r) ** 2).sum()) for o, r in zip(outputs, reference, strict=True))
     return float(10 * np.log10(signal / max(noise, 1e-300)))

@@ -105,6 +105,7 @@ def some_measurements() -> Measurements:
         schema=1,
         tool_version="0.1.0",
         source_sha256="00",
+        source_size_bytes=1234,
         calibration="npz x.npz (2 samples)",
         loss="kl-logits",
         tensors={"x": RecordedTensor("float32", (1, 3))},

@@ -107,7 +107,12 @@ def structure_of(graph: Graph, dtypes: Mapping[str, np.dtype]) -> Structure:
     """Structure of the top-level graph. ``dtypes``: recorded element type of every variable (names absent there are not
     quantizable). Bodies of control flow are left alone.
     """
-    fused = {node.name: after for node in graph.nodes if (after := _fused_activation(graph, node)) is not None}
+    top_level = {id(node) for node in graph.nodes}
+    fused = {
+        node.name: after
+        for node in graph.nodes
+        if (after := _fused_activation(graph, node)) is not None and id(after) in top_level
+    }
     layers = [layer for node in graph.nodes if (layer := _layer(node, fused, dtypes)) is not None]
     inside = {activation.inputs[0].name for activation in fused.values()}
     floats = [

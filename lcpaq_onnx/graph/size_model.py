@@ -51,7 +51,7 @@ class SizeModel:
         self._header_bytes += sum(_entry_bytes(key, value) for key, value in metadata.items())
         self._inputs = {tensor.name for tensor in graph.inputs}
         self._outputs = {tensor.name for tensor in graph.outputs}
-        self._shared = _shared_constants(graph)
+        self._payer = _payers(structure)
 
     # ---- per decision, upper bounds ---------------------------------------------------------------------------------
     @property
@@ -103,7 +103,8 @@ class SizeModel:
         for name, stored in layers.items():
             layer = self._layers[name]
             graph_bytes += self._own_bytes(layer, stored)
-            if stored.storage == "packed-bytes" and stored.weight is not None:
+            is_first = self._payer[layer.weight] == name
+            if stored.storage == "packed-bytes" and stored.weight is not None and is_first:
                 packed.setdefault(stored.weight.bits, []).append(layer)
             if stored.isolated:
                 format = groups[self._structure.group_of()[layer.input]]
@@ -126,7 +127,7 @@ class SizeModel:
         names = {layer.weight, layer.bias}
         node = self._nodes[layer.name]
         constants = [t for t in node.inputs if t.name in names and isinstance(t, gs.Constant)]
-        return [t for t in constants if self._shared.get(t.name, layer.name) == layer.name]
+        return [t for t in constants if self._payer[t.name] == layer.name]
 
     def _own_bytes(self, layer: Layer, stored: StoredLayer) -> int:
         owned = {t.name: t for t in self._own_constants(layer)}
@@ -196,7 +197,8 @@ class SizeModel:
         for name in tensors:
             tensor = self._tensors[name]
             if name in self._inputs:
-                for node in tensor.outputs:
+                # A node that reads it twice stands there twice.
+                for node in {id(node): node for node in tensor.outputs}.values():
                     if node.name in self._nodes:
                         renames.append((node, _growth(name, "/dq") * sum(t is tensor for t in node.inputs)))
             else:
@@ -247,11 +249,11 @@ def _entry_bytes(key: str, value: str) -> int:
     return _prefixed(onnx.StringStringEntryProto(key=key, value=value).ByteSize())
 
 
-def _shared_constants(graph: Graph) -> dict[str, str]:
-    """Constant → the first node that reads it, which alone pays for its bytes."""
-    owner: dict[str, str] = {}
-    for node in graph.nodes:
-        for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant):
-                owner.setdefault(tensor.name, node.name)
-    return owner
+def _payers(structure: Structure) -> dict[str, str]:
+    """Weight or bias → the first layer that reads it, which alone pays for its bytes."""
+    payers: dict[str, str] = {}
+    for layer in structure.layers:
+        for name in (layer.weight, layer.bias):
+            if name is not None:
+                payers.setdefault(name, layer.name)
+    return payers

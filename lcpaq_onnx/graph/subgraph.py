@@ -108,11 +108,15 @@ class SuffixExtractor:
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """Names a node reads, those captured by its subgraphs included (a superset: inner names may shadow)."""
+    """Names a node reads, those captured by its subgraphs included."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
+            # ONNX (IR, "Names within a graph"): inner names are unique, none hides one of an outer scope.
+            own = {value.name for value in (*graph.input, *graph.initializer)}
+            own.update(name for inner in graph.node for name in inner.output)
+            read = {output.name for output in graph.output}
             for inner in graph.node:
-                names |= _reads(inner)
-            names.update(output.name for output in graph.output)
+                read |= _reads(inner)
+            names |= read - own
     return names

@@ -61,11 +61,12 @@ def mse_scales(values: Float, format: QFormat) -> Float:
     ratio = np.ones_like(largest)
     if format.bits < 8:
         # In units of the largest magnitude, so that squares of any finite weights neither overflow nor vanish.
-        unit_rows = rows / largest[:, None]
+        unit_rows = (rows / largest[:, None]).astype(np.float32)
         for grid in (_COARSE, _FINE):
             candidates = grid[:, None] if grid is _COARSE else np.clip(ratio + grid[:, None], 0.05, 1.05)
             candidates = np.broadcast_to(candidates, (len(grid), len(largest)))
-            errors = np.stack([_squared_error(unit_rows, (r / format.qmax).astype(np.float32), format) for r in candidates])
+            scales = (candidates / format.qmax).astype(np.float32)
+            errors = np.stack([_squared_error(unit_rows, scale, format) for scale in scales])
             ratio = np.take_along_axis(candidates, errors.argmin(axis=0)[None], axis=0)[0]
         ratio = np.where(is_zero, np.float32(1), ratio)
     scale = (largest / format.qmax * ratio).astype(np.float32)

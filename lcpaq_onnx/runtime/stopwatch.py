@@ -11,7 +11,7 @@ from lcpaq_onnx.errors import UsageError
 
 __all__ = ["PairedTiming", "time_pair"]
 
-_LEAST_ROUNDS = 3
+_LEAST_ROUNDS = 10
 _MOST_ROUNDS = 2000
 _WARM_UP_RUNS = 5
 

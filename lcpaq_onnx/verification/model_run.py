@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from lcpaq_onnx.errors import CalibrationError, LcpaqError, ModelError
 from lcpaq_onnx.graph.written import WrittenModel
 from lcpaq_onnx.numeric.losses import LossName, TeacherLoss
 from lcpaq_onnx.planning.plan import Plan
-from lcpaq_onnx.runtime.calibration import CalibrationData, Feed, is_batchable
+from lcpaq_onnx.runtime.calibration import CalibrationData, is_batchable
 from lcpaq_onnx.runtime.kernels import Realisation, open_observed, realised_kernels
 from lcpaq_onnx.runtime.session import Session, SessionOptions
 from lcpaq_onnx.runtime.stopwatch import PairedTiming, time_pair
@@ -48,13 +46,13 @@ class VerifyOptions:
 @dataclass(frozen=True, eq=False)
 class Known:
     """What the caller has already, so that it need not be measured again. ``macs``: by layer, one sample.
-    ``answers``: feeds with the float model's outputs, compared by ``reference`` with the loss ``loss_name`` (all three
+    ``measured``: error of the very model that is emitted, against ``reference`` with the loss ``loss_name`` (all three
     or none). ``base_dir``: folder of the external data of an original given as proto. ``emitted_name``: file name for
     the report, where the emitted file is a temporary one.
     """
 
     macs: Mapping[str, int] | None = None
-    answers: Iterable[tuple[Feed, dict[str, np.ndarray]]] | None = None
+    measured: MeasuredError | None = None
     reference: Reference | None = None
     loss_name: str = ""
     base_dir: Path | None = None
@@ -169,8 +167,8 @@ def _error(
     job: VerifyJob, reference: Session, session: Session, batch_size: int
 ) -> tuple[MeasuredError, Reference, str]:
     known = job.known
-    if known.answers is not None and known.reference is not None:
-        return measure_error(session, known.answers, known.reference), known.reference, known.loss_name
+    if known.measured is not None and known.reference is not None:
+        return known.measured, known.reference, known.loss_name
     has_error_budget = any(text.startswith("error") for text in job.plan.budgets)
     samples = job.options.samples or (None if has_error_budget else _MOST_SAMPLES)
     answers = Answers(reference, job.data.take(samples), batch_size)

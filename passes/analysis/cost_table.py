@@ -76,6 +76,7 @@ class CostTables(Analysis[CostTable]):
             operator.name: self._operator(nodes[operator.name], shapes, target) for operator in structure.operators
         }
         formats = {f"a{bits}": target.activation_format(bits) for bits in target.activations}
+        widest = target.activation_format(max(target.activations))  # its zero points take the most bytes
         float_layers = [costs["f32"] for costs in layers.values()]
         return CostTable(
             layers=layers,
@@ -85,7 +86,7 @@ class CostTables(Analysis[CostTable]):
             },
             operators=operators,
             isolated={
-                layer.name: Cost(size_bytes=sizes.isolated_bytes(layer.name, shape[1], target.activation_format(8)))
+                layer.name: Cost(size_bytes=sizes.isolated_bytes(layer.name, shape[1], widest))
                 for layer in structure.layers
                 if len(shape := shapes[layer.input]) > 1
             },
