@@ -80,7 +80,10 @@ class Assets:
 
 
 def find_assets() -> Assets:
-    """The folder that LCPAQ_ASSETS names, else ``shared/assets`` beside or in the project. Raises AssetsMissingError."""
+    """The folder that LCPAQ_ASSETS names, else ``shared/assets`` beside or in the project.
+
+    Raises AssetsMissingError.
+    """
     project = Path(__file__).resolve().parent.parent
     named = os.environ.get("LCPAQ_ASSETS")
     places = [Path(named)] if named else [project / "shared" / "assets", project.parent / "shared" / "assets"]

@@ -15,10 +15,14 @@ import onnx
 import onnxruntime as ort
 from assets_tasks import Assets, Feed, Task
 
-__all__ = ["Judge", "Judgement", "Times", "batch_of", "kernel_counts", "open_model", "runner", "take_turns"]
+__all__ = ["Judge", "Judgement", "Run", "Times", "batch_of", "kernel_counts", "open_model", "runner", "take_turns"]
+
+Run = Callable[[], object]
 
 _STACK = 100
 _WARM_UP_RUNS = 5
+_FRESH_SESSIONS = 3
+_LEAST_ROUNDS = 2
 _ORT_FATAL = 4
 
 
@@ -87,27 +91,33 @@ def batch_of(feeds: list[Feed]) -> Feed:
     return {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
 
 
-def runner(model: Path, feed: Feed) -> Callable[[], object]:
-    """Runs ``model`` once on ``feed``."""
-    session = open_model(model)
-    return lambda: session.run(None, feed)
+def runner(model: Path, feed: Feed) -> Callable[[], Run]:
+    """Makes a callable that runs ``model`` once on ``feed``, in a session of its own."""
+
+    def make() -> Run:
+        session = open_model(model)
+        return lambda: session.run(None, feed)
+
+    return make
 
 
-def take_turns(runs: Mapping[str, Callable[[], object]], seconds: float, most_rounds: int = 1000) -> Times:
-    """Run all in turns for about ``seconds``, at least three rounds; each round starts with another one."""
-    for run in runs.values():
-        for _ in range(_WARM_UP_RUNS):
-            run()
-    names = list(runs)
+def take_turns(makers: Mapping[str, Callable[[], Run]], seconds: float) -> Times:
+    """Run all in turns for about ``seconds``, each round in another order: what runs just before leaves its traces in
+    the caches. ``makers`` are called three times: where a session's memory happens to lie is worth a per cent or so.
+    """
+    names, rng = list(makers), np.random.default_rng(0)
     found: dict[str, list[float]] = {name: [] for name in names}
-    deadline, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or (time.perf_counter() < deadline and rounds < most_rounds):
-        at = rounds % len(names)
-        for name in names[at:] + names[:at]:
-            start = time.perf_counter()
-            runs[name]()
-            found[name].append(time.perf_counter() - start)
-        rounds += 1
+    for _ in range(_FRESH_SESSIONS):
+        runs = {name: make() for name, make in makers.items()}
+        for run in (*runs.values(),) * _WARM_UP_RUNS:
+            run()
+        deadline, rounds = time.perf_counter() + seconds / _FRESH_SESSIONS, 0
+        while rounds < _LEAST_ROUNDS or time.perf_counter() < deadline:
+            for name in rng.permutation(names):
+                start = time.perf_counter()
+                runs[name]()
+                found[name].append(time.perf_counter() - start)
+            rounds += 1
     return Times(found)
 
 

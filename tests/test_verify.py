@@ -20,7 +20,7 @@ from lcpaq_onnx.runtime.kernels import open_observed, realised_kernels
 from lcpaq_onnx.runtime.session import Session, SessionOptions
 from lcpaq_onnx.runtime.stopwatch import time_pair
 from lcpaq_onnx.targets.loader import load
-from lcpaq_onnx.verification.measure import Reference
+from lcpaq_onnx.verification.measure import Reference, measure_error
 from lcpaq_onnx.verification.report import Check, Report
 from lcpaq_onnx.verification.run_checks import FUSION_TOLERANCE, fusion_check
 from lcpaq_onnx.verification.teacher import Answers, reference_of

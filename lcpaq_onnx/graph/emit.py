@@ -109,15 +109,23 @@ def isolated_name(tensor: str, layer: str) -> str:
 
 
 def isolated_dequantize(
-    integers: gs.Tensor, result: gs.Tensor, scale: float, zero_point: int, channels: int, format: QFormat, made_by: str
+    integers: gs.Tensor,
+    result: gs.Tensor,
+    scale: float,
+    zero_point: int,
+    channels: int,
+    format: QFormat,
+    made_by: str,
+    *,
+    axis: int = 1,
 ) -> gs.Node:
-    """A DequantizeLinear-13 whose scale is a vector of equal values along axis 1: the same numbers, but ONNX Runtime's
+    """A DequantizeLinear-13 whose scale is a vector of equal values along ``axis``: the same numbers, but ONNX Runtime's
     WeightBiasQuantization does not match it, so a float layer behind it keeps its float weights.
     """
     name = result.name
     scales = constant(f"{name}/scale", np.full(channels, scale, np.float32))
     zeros = constant(f"{name}/zero_point", np.full(channels, zero_point, _int_dtype(format)))
-    return _node("DequantizeLinear", f"{name}/Dequantize", [integers, scales, zeros], result, made_by, axis=1)
+    return _node("DequantizeLinear", f"{name}/Dequantize", [integers, scales, zeros], result, made_by, axis=axis)
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ class OpFacts:
     """What quantization needs to know of one operator.
 
     ``weight_input``: index of the input that holds constant weights when the node is a layer, else None.
+    ``input_channel_axis``: axis of the data input that the weights sum over, of fixed extent.
     ``bias_input``: index of the optional bias added in the accumulator's precision.
     ``keeps_scale``: every output element is an input element (or zero), so input and output share one scale.
     ``activation``: elementwise function that integer kernels absorb in their output's saturation.
@@ -22,6 +23,7 @@ class OpFacts:
 
     weight_input: int | None = None
     bias_input: int | None = None
+    input_channel_axis: int = 1
     keeps_scale: bool = False
     activation: bool = False
     integer_kernel: bool = False
@@ -34,7 +36,7 @@ FACTS: Mapping[str, OpFacts] = {
     "Conv": _LAYER_BIAS,
     "ConvTranspose": _LAYER_BIAS,
     "Gemm": _LAYER_BIAS,
-    "MatMul": OpFacts(weight_input=1, integer_kernel=True),
+    "MatMul": OpFacts(weight_input=1, input_channel_axis=-1, integer_kernel=True),
     "Relu": OpFacts(activation=True),
     "Clip": OpFacts(activation=True),
     **dict.fromkeys(

@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.ops import facts_of, weight_channel_axis
+from lcpaq_onnx.tables import RecordedTensor
 
 __all__ = [
     "ActivationGroup",
     "Layer",
     "Operator",
     "Structure",
+    "dataflow",
+    "input_channels",
     "nodes_by_name",
+    "reads",
     "structure_of",
     "weight_values",
 ]
@@ -94,6 +98,11 @@ class Structure:
 def nodes_by_name(graph: Graph) -> dict[str, gs.Node]:
     """Top-level nodes by name (unique after ``canonical-names``)."""
     return {node.name: node for node in graph.nodes}
+
+
+def input_channels(layer: Layer, tensors: Mapping[str, RecordedTensor]) -> int:
+    """Extent of the layer's input along the axis its weights sum over."""
+    return tensors[layer.input].shape[facts_of(layer.op).input_channel_axis]
 
 
 def weight_values(node: gs.Node, layer: Layer) -> NDArray[np.float32]:

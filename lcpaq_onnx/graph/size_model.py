@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph import emit
 from lcpaq_onnx.graph.graph_io import Graph, constant_bytes, node_bytes, section_bytes
+from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.query import ActivationGroup, Layer, Structure, nodes_by_name
 from lcpaq_onnx.numeric.rounding import QuantizedWeight
 
@@ -178,7 +179,9 @@ class SizeModel:
     def _isolated_bytes(self, layer: Layer, channels: int, format: QFormat) -> int:
         result = gs.Variable(emit.isolated_name(layer.input, layer.name))
         integers = gs.Variable(f"{layer.input}/q")
-        node = emit.isolated_dequantize(integers, result, 1.0, 0, channels, format, emit.QDQ_PASS)
+        node = emit.isolated_dequantize(
+            integers, result, 1.0, 0, channels, format, emit.QDQ_PASS, axis=facts_of(layer.op).input_channel_axis
+        )
         return emit.emitted_bytes([node])
 
     def _piece(self, layer: Layer) -> tuple[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.formats import QFormat
 
-__all__ = ["QuantizedWeight", "activation_parameters", "fake_quantize", "mse_scales", "round_nearest"]
+__all__ = ["QuantizedWeight", "activation_parameters", "can_saturate", "fake_quantize", "mse_scales", "round_nearest"]
 
 Float = NDArray[np.float32]
 
@@ -95,6 +95,16 @@ def round_nearest(values: Float, format: QFormat, scale: Float | None = None) ->
     integers = np.rint(values / _along_axis(scale, format.axis, values.ndim))
     np.clip(integers, format.qmin, format.qmax, out=integers)
     return QuantizedWeight(integers.astype(np.int8 if format.bits <= 8 else np.int16), scale, format)
+
+
+def can_saturate(weight: QuantizedWeight) -> bool:
+    """Whether some pair of products with 8-bit unsigned activations can leave 16 bits: 255·(|w₁| + |w₂|) > 32767.
+
+    Which weights meet in a pair depends on the kernel's layout, so the two largest of a channel are taken.
+    """
+    rows = np.abs(_rows(weight.integers.astype(np.float32), weight.format.axis))
+    largest = np.sort(rows, axis=1)[:, -2:].sum(axis=1)
+    return bool((255 * largest > np.iinfo(np.int16).max).any())
 
 
 def activation_parameters(low: float, high: float, format: QFormat) -> tuple[np.float32, int]:

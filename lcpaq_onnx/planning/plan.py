@@ -32,7 +32,7 @@ class LayerPlan(_Frozen):
     executed: str
     input: str
     input_channels: int = 0
-    """Extent of axis 1 of the input; only of isolated layers."""
+    """Extent of the input along the axis that the weights sum over; only of isolated layers."""
     weight: str
     weight_format: str
     storage: Storage

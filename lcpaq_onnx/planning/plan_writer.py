@@ -9,7 +9,7 @@ from lcpaq_onnx.allocation.allocate import Allocation, Objective
 from lcpaq_onnx.allocation.problem import AllocationProblem, Option
 from lcpaq_onnx.budget import Budget
 from lcpaq_onnx.formats import LayerFormat, QFormat
-from lcpaq_onnx.graph.query import ActivationGroup, Layer
+from lcpaq_onnx.graph.query import ActivationGroup, Layer, input_channels
 from lcpaq_onnx.graph.size_model import SizeModel, StoredLayer
 from lcpaq_onnx.numeric.rounding import activation_parameters
 from lcpaq_onnx.planning.formulate import Formulation, activation_decision
@@ -130,7 +130,7 @@ class _Writer:
             format=text,
             executed=executed,
             input=layer.input,
-            input_channels=f.tensors[layer.input].shape[1] if isolated else 0,
+            input_channels=input_channels(layer, f.tensors) if isolated else 0,
             weight=layer.weight,
             weight_format="f32" if weight_format is None else str(weight_format),
             storage=storage or "float",

@@ -11,10 +11,11 @@ import onnx_graphsurgeon as gs
 from lcpaq_onnx.errors import TargetError
 from lcpaq_onnx.formats import LayerFormat
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.query import Layer, nodes_by_name
+from lcpaq_onnx.graph.query import Layer, input_channels, nodes_by_name, weight_values
 from lcpaq_onnx.graph.signatures import Shape, signature_of
 from lcpaq_onnx.graph.size_model import SizeModel, StoredLayer
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
+from lcpaq_onnx.numeric.rounding import can_saturate, round_nearest
 from lcpaq_onnx.provenance import model_metadata
 from lcpaq_onnx.signature import OperatorSignature
 from lcpaq_onnx.tables import Cost, CostTable
@@ -69,8 +70,7 @@ class CostTables(Analysis[CostTable]):
         shapes = {name: tensor.shape for name, tensor in recorded.items()}
         nodes = nodes_by_name(graph)
         layers = {
-            layer.name: self._layer(layer, signature_of(nodes[layer.name], shapes), target, sizes, storage)
-            for layer in structure.layers
+            layer.name: self._layer(layer, nodes[layer.name], shapes, analyses, storage) for layer in structure.layers
         }
         operators = {
             operator.name: self._operator(nodes[operator.name], shapes, target) for operator in structure.operators
@@ -86,9 +86,8 @@ class CostTables(Analysis[CostTable]):
             },
             operators=operators,
             isolated={
-                layer.name: Cost(size_bytes=sizes.isolated_bytes(layer.name, shape[1], widest))
+                layer.name: Cost(size_bytes=sizes.isolated_bytes(layer.name, input_channels(layer, recorded), widest))
                 for layer in structure.layers
-                if len(shape := shapes[layer.input]) > 1
             },
             unpack={bits: sizes.blob_bytes(bits) for bits, how in storage.items() if how == "packed-bytes"},
             storage=storage,
@@ -102,18 +101,35 @@ class CostTables(Analysis[CostTable]):
         )
 
     def _layer(
-        self, layer: Layer, signature: OperatorSignature, target: Target, sizes: SizeModel, storage: dict[int, str]
+        self,
+        layer: Layer,
+        node: gs.Node,
+        shapes: Mapping[str, Shape],
+        analyses: AnalysisManager,
+        storage: dict[int, str],
     ) -> dict[str, Cost]:
+        target, sizes = analyses.target, analyses.get(SizeModels)
+        signature = signature_of(node, shapes)
         costs = {}
         for format in target.layer_formats(layer.op):
             if format.weight_bits is not None and format.weight_bits not in storage:
                 continue
             executed = target.executed(layer.op, format)
+            if executed == "int8" and target.weights.saturating_pairs and self._saturates(layer, node, format, target):
+                continue
             latency = target.latency(signature, executed)
             bits = _EXECUTED_BITS[executed]
             size = sizes.layer_bytes(layer.name, stored_layer(layer, format, target, storage))
             costs[str(format)] = Cost(size, latency.latency_us, float(signature.macs * bits * bits), latency.source)
         return costs
+
+    def _saturates(self, layer: Layer, node: gs.Node, format: LayerFormat, target: Target) -> bool:
+        """Whether the layer's integers in ``format`` can overflow the kernel's 16-bit sums; 7 bits never can."""
+        assert format.weight_bits is not None
+        if format.weight_bits <= 7:
+            return False
+        weight_format = target.weight_format(layer.op, format.weight_bits, layer.channel_axis)
+        return can_saturate(round_nearest(weight_values(node, layer), weight_format))
 
     def _operator(self, node: gs.Node, shapes: Mapping[str, Shape], target: Target) -> dict[str, Cost]:
         """Time in float, and in integer where the target has a kernel. Bodies of control flow are not counted."""

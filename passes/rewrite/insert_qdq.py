@@ -18,6 +18,7 @@ from lcpaq_onnx.graph.emit import (
     quantize_dequantize,
 )
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.query import nodes_by_name
 from lcpaq_onnx.manager.pass_base import Contract, PassContext, PassResult, RewritePass
 from lcpaq_onnx.planning.plan import ActivationPlan, LayerPlan
@@ -83,7 +84,14 @@ class InsertQdq(RewritePass):
             (shared,) = node.inputs[0].inputs
             result = gs.Variable(isolated_name(layer.input, layer.name))
             dequantize = isolated_dequantize(
-                shared.inputs[0], result, group.scale, group.zero_point, layer.input_channels, format, self.name
+                shared.inputs[0],
+                result,
+                group.scale,
+                group.zero_point,
+                layer.input_channels,
+                format,
+                self.name,
+                axis=facts_of(layer.op).input_channel_axis,
             )
             node.inputs[0] = result
             inserted[id(node)] = [dequantize]
