@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 
 __all__ = ["Assets", "AssetsMissingError", "Task", "find_assets"]
 
@@ -64,9 +65,15 @@ class Assets:
         # Without a calibration split of its own, the first samples calibrate and must not be judged on.
         skipped = 0 if entry.calibration else len(calibration_feeds)
         feeds, labels = entry.samples(skipped + evaluation)
-        last = skipped + evaluation
+        model, judged = self.root / entry.model, slice(skipped, skipped + evaluation)
+        names = _input_names(model)
         return Task(
-            name, self.root / entry.model, entry.kind, calibration_feeds, feeds[skipped:last], labels[skipped:last]
+            name,
+            model,
+            entry.kind,
+            [_renamed(feed, names) for feed in calibration_feeds],
+            [_renamed(feed, names) for feed in feeds[judged]],
+            labels[judged],
         )
 
     def top1(self, outputs: list[np.ndarray], labels: list[int]) -> float:
@@ -77,6 +84,17 @@ class Assets:
         """(mean KL divergence in nats, share of equal decisions) against the float model's ``reference``."""
         found = self._tasks.compare(kind, outputs, reference)
         return float(found["kl"]), float(found["agreement"])
+
+
+def _input_names(model: Path) -> list[str]:
+    graph = onnx.load(model, load_external_data=False).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [value.name for value in graph.input if value.name not in constants]
+
+
+def _renamed(feed: Feed, names: list[str]) -> Feed:
+    """As ``tasks.run`` does: by position where the names differ."""
+    return feed if set(feed) == set(names) else dict(zip(names, feed.values(), strict=True))
 
 
 def find_assets() -> Assets:

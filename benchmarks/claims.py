@@ -32,9 +32,14 @@ def claims_as_json(claims: Iterable[Claim]) -> list[dict[str, object]]:
 
 def claim_table(claims: Iterable[Claim]) -> str:
     rows = [
-        ("met" if c.met else "MISSED", c.name, f"{c.value:.4g} {c.relation} {c.limit:.4g}", c.detail) for c in claims
+        ("met" if c.met else "MISSED", c.name, f"{_number(c.value)} {c.relation} {_number(c.limit)}", c.detail)
+        for c in claims
     ]
     return table(("", "target", "measured", "against"), rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

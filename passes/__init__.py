@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .analysis.activation_ranges import ActivationRanges
     from .analysis.batch_size import BatchSize
     from .analysis.calibration_run import CalibrationRun
-    from .analysis.cost_table import CostTables, SizeModels
+    from .analysis.cost_table import CostTables, SizeModels, explicit_movers
     from .analysis.error_table import ErrorTables
     from .analysis.graph_structure import GraphStructure
     from .analysis.hessian_diagonals import HessianDiagonals
@@ -36,6 +36,7 @@ __all__ = [
     "MemoryTimeline",
     "RecordedTensors",
     "SizeModels",
+    "explicit_movers",
     "raise_to",
     "teacher_of",
 ]
@@ -71,6 +72,7 @@ BUILTIN_ANALYSES: dict[str, str] = {
 }
 
 _ELSEWHERE = {
+    "explicit_movers": ".analysis.cost_table",
     "PREPARE": ".pipelines",
     "QUANTIZE": ".pipelines",
     "raise_to": ".pipelines",

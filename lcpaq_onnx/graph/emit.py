@@ -7,7 +7,7 @@ Names: the dequantized tensor keeps the original name, so consumers, graph outpu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph.graph_io import constant, constant_bytes, node_bytes, node_metadata
+from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.numeric.rounding import QuantizedWeight
 
 __all__ = [
@@ -30,13 +31,18 @@ __all__ = [
     "dequantize_bias",
     "dequantize_weight",
     "emitted_bytes",
+    "fill_growth",
+    "fills_of",
     "isolated_dequantize",
     "isolated_name",
+    "move_integers",
     "pack_planes",
     "quantize_dequantize",
+    "read_on_integers",
     "scale_weight",
     "unpack_blob",
     "unpack_cast",
+    "written_on_integers",
 ]
 
 PASS_KEY = "lcpaq.pass"
@@ -103,6 +109,50 @@ def quantize_dequantize(
     ]
 
 
+def move_integers(node: gs.Node, integers: gs.Tensor, result: gs.Tensor, zero_point: gs.Tensor) -> None:
+    """Let a node that only moves values read ``integers`` and write ``result``; what it fills in is the zero point."""
+    node.inputs[0] = integers
+    node.outputs[0] = result
+    position = facts_of(node.op, node.domain).fill_input
+    if position is None:
+        return
+    if len(node.inputs) <= position:
+        node.inputs.append(zero_point)
+    else:
+        node.inputs[position] = zero_point
+
+
+def fills_of(node: gs.Node) -> list[gs.Constant]:
+    """The constant that ``node`` fills in, if it names one."""
+    position = facts_of(node.op, node.domain).fill_input
+    inputs = [] if position is None else node.inputs[position : position + 1]
+    return [tensor for tensor in inputs if isinstance(tensor, gs.Constant)]
+
+
+def fill_growth(node: gs.Node, zero_point: str) -> int:
+    """Bytes that ``move_integers`` adds to the text of ``node`` for the fill."""
+    position = facts_of(node.op, node.domain).fill_input
+    if position is None:
+        return 0
+    old = node.inputs[position].name if len(node.inputs) > position else None
+    return _name_bytes(zero_point) - (0 if old is None else _name_bytes(old))
+
+
+def _name_bytes(name: str) -> int:
+    """Bytes of one more input in a NodeProto."""
+    return int(onnx.NodeProto(input=[name]).ByteSize())
+
+
+def written_on_integers(tensor: gs.Tensor, explicit: Collection[str]) -> bool:
+    """Whether the node that writes ``tensor`` moves integers itself, so that nothing is left to quantize."""
+    return bool(tensor.inputs) and tensor.inputs[0].name in explicit
+
+
+def read_on_integers(tensor: gs.Tensor, explicit: Collection[str], *, is_output: bool) -> bool:
+    """Whether all readers of ``tensor`` take its integers, so that nobody needs it dequantized."""
+    return not is_output and bool(tensor.outputs) and all(node.name in explicit for node in tensor.outputs)
+
+
 def isolated_name(tensor: str, layer: str) -> str:
     """Name of ``tensor`` as the float layer ``layer`` alone reads it."""
     return f"{tensor}/{layer}"
@@ -119,8 +169,8 @@ def isolated_dequantize(
     *,
     axis: int = 1,
 ) -> gs.Node:
-    """A DequantizeLinear-13 whose scale is a vector of equal values along ``axis``: the same numbers, but ONNX Runtime's
-    WeightBiasQuantization does not match it, so a float layer behind it keeps its float weights.
+    """A DequantizeLinear-13 whose scale is a vector of equal values along ``axis``: the same numbers, but ONNX
+    Runtime's WeightBiasQuantization does not match it, so a float layer behind it keeps its float weights.
     """
     name = result.name
     scales = constant(f"{name}/scale", np.full(channels, scale, np.float32))

@@ -16,6 +16,7 @@ class OpFacts:
     ``input_channel_axis``: axis of the data input that the weights sum over, of fixed extent.
     ``bias_input``: index of the optional bias added in the accumulator's precision.
     ``keeps_scale``: every output element is an input element (or zero), so input and output share one scale.
+    ``fill_input``: index of the input whose value joins the copied ones; the scale is kept only where that is zero.
     ``activation``: elementwise function that integer kernels absorb in their output's saturation.
     ``integer_kernel``: some runtime computes it on integers although it has no weights; which ones is the target's
     business, this only tells whose operands are worth observing.
@@ -25,6 +26,7 @@ class OpFacts:
     bias_input: int | None = None
     input_channel_axis: int = 1
     keeps_scale: bool = False
+    fill_input: int | None = None
     activation: bool = False
     integer_kernel: bool = False
 
@@ -37,6 +39,7 @@ FACTS: Mapping[str, OpFacts] = {
     "ConvTranspose": _LAYER_BIAS,
     "Gemm": _LAYER_BIAS,
     "MatMul": OpFacts(weight_input=1, input_channel_axis=-1, integer_kernel=True),
+    "Pad": OpFacts(keeps_scale=True, fill_input=2),
     "Relu": OpFacts(activation=True),
     "Clip": OpFacts(activation=True),
     **dict.fromkeys(

@@ -208,6 +208,14 @@ def _fused_activation(graph: Graph, node: gs.Node) -> gs.Node | None:
     return after if _is_activation(after) and bounds_are_constant else None
 
 
+def _keeps_scale(node: gs.Node) -> bool:
+    facts = facts_of(node.op, node.domain)
+    if not facts.keeps_scale or facts.fill_input is None or len(node.inputs) <= facts.fill_input:
+        return facts.keeps_scale
+    fill = node.inputs[facts.fill_input]
+    return fill.is_empty() or (isinstance(fill, gs.Constant) and not np.any(np.asarray(fill.values)))
+
+
 def _is_activation(node: gs.Node) -> bool:
     return facts_of(node.op, node.domain).activation
 
@@ -228,7 +236,7 @@ def _groups(graph: Graph, floats: list[str]) -> list[ActivationGroup]:
 
     rank = {name: position for position, name in enumerate(floats)}
     for node in graph.nodes:
-        if not facts_of(node.op, node.domain).keeps_scale or node.inputs[0].name not in parent:
+        if not _keeps_scale(node) or node.inputs[0].name not in parent:
             continue
         for output in node.outputs:
             if output.name in parent:
@@ -247,5 +255,5 @@ def _operator(node: gs.Node, fused: Mapping[str, gs.Node], floats: set[str]) -> 
         inputs=tuple(t.name for t in node.inputs if t.name in floats),
         outputs=tuple(t.name for t in _after_activation(node, fused) if t.name in floats),
         has_float_constant=any(isinstance(t, gs.Constant) and t.dtype == np.float32 for t in node.inputs),
-        moves_data=facts_of(node.op, node.domain).keeps_scale,
+        moves_data=_keeps_scale(node),
     )

@@ -6,7 +6,7 @@ share) is bounded from above in the per-decision figures and exact in ``SizeMode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -41,9 +41,14 @@ class StoredLayer:
 
 
 class SizeModel:
-    """Sizes for one prepared graph. ``metadata``: entries that the emitted model will carry on top of its own."""
+    """Sizes for one prepared graph. ``explicit``: nodes that are written on the integers of an 8-bit group.
+    ``metadata``: entries that the emitted model will carry on top of its own.
+    """
 
-    def __init__(self, graph: Graph, structure: Structure, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, graph: Graph, structure: Structure, explicit: frozenset[str], metadata: Mapping[str, str]
+    ) -> None:
+        self._explicit = explicit
         self._graph = graph
         self._structure = structure
         self._nodes = nodes_by_name(graph)
@@ -73,7 +78,7 @@ class SizeModel:
 
     def group_bytes(self, group: ActivationGroup, format: QFormat) -> int:
         """Bytes of the conversions of an activation group, renamed neighbours included."""
-        renames = sum(_longer(node, by) for node, by in self._renames(group.tensors))
+        renames = sum(_longer(node, by) for node, by in self._renames(group, format))
         return self._conversion_bytes(group, format) + renames
 
     def blob_bytes(self, bits: int) -> int:
@@ -98,7 +103,7 @@ class SizeModel:
             if format is None:
                 continue
             graph_bytes += self._conversion_bytes(group, format)
-            for node, by in self._renames(group.tensors):
+            for node, by in self._renames(group, format):
                 longer[node.name] = longer.get(node.name, 0) + by
         packed: dict[int, list[Layer]] = {}
         for name, stored in layers.items():
@@ -170,11 +175,23 @@ class SizeModel:
 
     def _conversion_bytes(self, group: ActivationGroup, format: QFormat) -> int:
         scale, zero_point = emit.activation_constants(group.name, 1.0, 0, format)
-        nodes = []
+        nodes, orphans = [], 0
         for name in group.tensors:
             source, result = emit.conversion_ends(name, is_input=name in self._inputs)
-            nodes += emit.quantize_dequantize(source, result, scale, zero_point, name=name, made_by=emit.QDQ_PASS)
-        return emit.emitted_bytes(nodes)
+            pair = emit.quantize_dequantize(source, result, scale, zero_point, name=name, made_by=emit.QDQ_PASS)
+            tensor = self._tensors[name]
+            is_integer = emit.written_on_integers(tensor, self._moves_integers(format))
+            nodes += pair[1:] if is_integer else pair
+            if emit.read_on_integers(tensor, self._moves_integers(format), is_output=name in self._outputs):
+                nodes.remove(pair[1])
+            if is_integer:
+                orphans += sum(
+                    constant_bytes(fill) for fill in emit.fills_of(tensor.inputs[0]) if len(fill.outputs) == 1
+                )
+        return emit.emitted_bytes(nodes) - orphans
+
+    def _moves_integers(self, format: QFormat) -> frozenset[str]:
+        return self._explicit if format.bits == 8 else frozenset()
 
     def _isolated_bytes(self, layer: Layer, channels: int, format: QFormat) -> int:
         result = gs.Variable(emit.isolated_name(layer.input, layer.name))
@@ -194,18 +211,22 @@ class SizeModel:
         named = [(gs.Variable(name), shape) for name, shape in pieces]
         return emit.emitted_bytes(emit.unpack_blob(planes, bits, named, emit.PACK_PASS))
 
-    def _renames(self, tensors: Iterable[str]) -> list[tuple[gs.Node, int]]:
-        """Nodes whose text grows when ``tensors`` are quantized, and by how many bytes."""
+    def _renames(self, group: ActivationGroup, format: QFormat) -> list[tuple[gs.Node, int]]:
+        """Nodes whose text grows when ``group`` is quantized, and by how many bytes."""
+        explicit = self._moves_integers(format)
+        zero_point = emit.activation_constants(group.name, 1.0, 0, format)[1].name
         renames = []
-        for name in tensors:
+        for name in group.tensors:
             tensor = self._tensors[name]
-            if name in self._inputs:
-                # A node that reads it twice stands there twice.
-                for node in {id(node): node for node in tensor.outputs}.values():
-                    if node.name in self._nodes:
-                        renames.append((node, _growth(name, "/dq") * sum(t is tensor for t in node.inputs)))
-            else:
+            if name not in self._inputs:
+                # One letter each: integers from a node in ``explicit``, else floats.
                 renames.append((tensor.inputs[0], _growth(name, "/f")))
+            # A node that reads it twice stands there twice.
+            for node in {id(node): node for node in tensor.outputs}.values():
+                if node.name in explicit:
+                    renames.append((node, _growth(name, "/q") + emit.fill_growth(node, zero_point)))
+                elif name in self._inputs and node.name in self._nodes:
+                    renames.append((node, _growth(name, "/dq") * sum(t is tensor for t in node.inputs)))
         return [(node, by) for node, by in renames if by]
 
     @cached_property

@@ -61,7 +61,8 @@ def _storage_decision(bits: int) -> str:
 @dataclass(frozen=True)
 class Formulation:
     """The allocation problem of one model on one target. ``quantizable``: groups with a usable range.
-    ``float_size_bytes``: of the user's own file, what ``size<=0.5x`` is relative to.
+    ``explicit``: operators that are written on the integers of an 8-bit group. ``float_size_bytes``: of the user's own
+    file, what ``size<=0.5x`` is relative to.
     """
 
     structure: Structure
@@ -73,6 +74,7 @@ class Formulation:
     allowed: Allowed
     quantizable: Collection[str]
     float_size_bytes: int
+    explicit: frozenset[str]
 
     def problem(self) -> AllocationProblem:
         """Raises nothing that a user causes: a layer without any legal quantized format stays float."""

@@ -68,6 +68,8 @@ class ActivationPlan(_Frozen):
     zero_point: int = 0
     range: tuple[float, float] | None = None
     scale_source: str = ""
+    integer_nodes: tuple[str, ...] = ()
+    """Nodes that only move the group's values and are written on its integers."""
     reason: str = ""
     loss: float = 0.0
     loss_stderr: float = 0.0

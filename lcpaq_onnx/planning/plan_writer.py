@@ -165,9 +165,18 @@ class _Writer:
             zero_point=zero_point,
             range=ends,
             scale_source=interval.method if format.bits <= 8 else "minmax",
+            integer_nodes=self._integer_nodes(group) if format.bits == 8 else (),
             reason="read or written by an integer kernel" if format.bits <= 8 else "16 bits keep the error down",
             loss=error.loss if error else 0.0,
             loss_stderr=error.loss_stderr if error else 0.0,
+        )
+
+    def _integer_nodes(self, group: ActivationGroup) -> tuple[str, ...]:
+        f = self._formulation
+        return tuple(
+            operator.name
+            for operator in f.structure.operators
+            if operator.name in f.explicit and f.group_of[operator.outputs[0]] == group.name
         )
 
     def _format_of(self, tensor: str) -> QFormat | None:

@@ -15,7 +15,15 @@ from lcpaq_onnx.graph.size_model import SizeModel
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
 from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
-from lcpaq_onnx.passes import CostTables, GraphStructure, MemoryTimeline, RecordedTensors, SizeModels, raise_to
+from lcpaq_onnx.passes import (
+    CostTables,
+    GraphStructure,
+    MemoryTimeline,
+    RecordedTensors,
+    SizeModels,
+    explicit_movers,
+    raise_to,
+)
 from lcpaq_onnx.planning.formulate import Allowed, Formulation
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.plan_writer import PlanRequest, write_plan
@@ -172,4 +180,5 @@ class Planner:
             allowed=self._allowed,
             quantizable=frozenset(self._measurements.ranges),
             float_size_bytes=self._measurements.source_size_bytes,
+            explicit=explicit_movers(analyses.get(GraphStructure), self._target),
         )

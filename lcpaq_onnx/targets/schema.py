@@ -114,12 +114,14 @@ class StorageRule(FrozenModel):
 class OperatorRule(FrozenModel):
     """``layers``: with constant weights, activation mode (``weight-only``, ``a8``, …) → what the kernel computes in, or
     ``illegal``. ``integer``: without, activation bits that run in an integer kernel; ``only_if``: attribute values
-    this needs. ``per_channel``: None means as in ``weights``. ``float_output``: the integer kernel of a layer can write
-    float, so nothing need be quantized behind it."""
+    this needs. ``per_channel``: None means as in ``weights``. ``explicit``: activation bits whose integers the operator
+    moves when it is written between them itself, because the runtime does not take Q/DQ off it. ``float_output``: the
+    integer kernel of a layer can write float, so nothing need be quantized behind it."""
 
     layers: dict[str, LayerMode] = {}
     integer: tuple[Bits, ...] = ()
     only_if: dict[str, str] = {}
+    explicit: tuple[Bits, ...] = ()
     per_channel: bool | None = None
     float_output: bool = False
 

@@ -137,6 +137,10 @@ class Target(FrozenModel):
             return False
         return all((attributes or {}).get(key) == value for key, value in rule.only_if.items())
 
+    def moves_integers(self, op: str, activation_bits: int) -> bool:
+        """Whether an operator that only moves data must be written on integers to run on them."""
+        return activation_bits in self.operators.get(op, OperatorRule()).explicit
+
     def needs_quantized_output(self, op: str) -> bool:
         """Whether a layer's integer kernel exists only with a QuantizeLinear behind it."""
         return not self.operators.get(op, OperatorRule()).float_output

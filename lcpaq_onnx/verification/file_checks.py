@@ -132,22 +132,26 @@ def _activations(model: WrittenModel, source: WrittenModel, plan: Plan) -> Itera
             if problem:
                 yield f"{tensor}: {problem}"
     added = _quantize_nodes(model) - _quantize_nodes(source)
-    if added != _tensors(plan):
-        yield f"{added} new QuantizeLinear nodes for {_tensors(plan)} planned tensors"
+    expected = _tensors(plan) - sum(len(group.integer_nodes) for group in plan.activations)
+    if added != expected:
+        yield f"{added} new QuantizeLinear nodes for {expected} planned tensors"
 
 
 def _tensor(model: WrittenModel, tensor: str, group: ActivationPlan) -> str:
-    quantize = _quantize(model, tensor)
     format = group.qformat
-    if format is None or quantize is None:
-        planned, seen = format is not None, quantize is not None
-        return "" if planned == seen else f"planned {group.format}, the file has {'a' if seen else 'no'} QuantizeLinear"
-    readers = model.readers.get(quantize.outputs[0], ())
-    # A float layer's own DequantizeLinear repeats the scale along axis 1 on purpose.
+    quantize = _quantize(model, tensor)
+    if format is None:
+        return "" if quantize is None else "planned f32, the file has a QuantizeLinear"
+    integers = f"{tensor}/q" if quantize is None else quantize.outputs[0]
+    writer, readers = model.producers.get(integers), model.readers.get(integers, ())
+    moved = group.integer_nodes
+    if quantize is None and (writer is None or writer.name not in moved):
+        return f"planned {group.format}, the file has no QuantizeLinear"
+    # A float layer's own DequantizeLinear repeats the scale along an axis on purpose.
     shared = [node for node in readers if node.op == "DequantizeLinear" and "axis" not in node.attributes]
-    if len(shared) != 1:
+    if len(shared) != (0 if readers and all(node.name in moved for node in readers) else 1):
         return f"{len(shared)} DequantizeLinear nodes behind its QuantizeLinear"
-    for node in (quantize, shared[0]):
+    for node in (*(() if quantize is None else (quantize,)), *shared):
         problem = _parameters(model, node, group, f"{'' if format.signed else 'U'}INT{8 if format.bits <= 8 else 16}")
         if problem:
             return f"{node.op}: {problem}"
@@ -169,11 +173,13 @@ def _parameters(model: WrittenModel, node: WrittenNode, group: ActivationPlan, d
 
 
 def _quantize(model: WrittenModel, tensor: str) -> WrittenNode | None:
-    """The QuantizeLinear of an activation: behind a graph input, before the DequantizeLinear of any other tensor."""
+    """The QuantizeLinear of an activation: behind a graph input, before the DequantizeLinear of any other tensor, or
+    the writer of its integers where nobody needs them dequantized.
+    """
     if tensor in model.inputs:
         return next((node for node in model.readers.get(tensor, ()) if node.op == "QuantizeLinear"), None)
     dequantize = _dequantize(model, tensor)
-    quantize = model.producers.get(dequantize.inputs[0]) if dequantize is not None else None
+    quantize = model.producers.get(f"{tensor}/q" if dequantize is None else dequantize.inputs[0])
     return quantize if quantize is not None and quantize.op == "QuantizeLinear" else None
 
 

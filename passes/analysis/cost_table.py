@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from lcpaq_onnx.errors import TargetError
 from lcpaq_onnx.formats import LayerFormat
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.query import Layer, input_channels, nodes_by_name, weight_values
+from lcpaq_onnx.graph.query import Layer, Structure, input_channels, nodes_by_name, weight_values
 from lcpaq_onnx.graph.signatures import Shape, signature_of
 from lcpaq_onnx.graph.size_model import SizeModel, StoredLayer
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
@@ -24,7 +24,7 @@ from lcpaq_onnx.targets.target import Target
 from .graph_structure import GraphStructure
 from .recorded_tensors import RecordedTensors
 
-__all__ = ["CostTables", "SizeModels", "stored_layer"]
+__all__ = ["CostTables", "SizeModels", "explicit_movers", "stored_layer"]
 
 _EXECUTED_BITS = {"f32": 32, "f16": 16, "int16": 16, "int8": 8, "int4": 4}
 
@@ -36,7 +36,21 @@ class SizeModels(Analysis[SizeModel]):
     name: ClassVar[str] = "size-model"
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> SizeModel:
-        return SizeModel(graph, analyses.get(GraphStructure), model_metadata(analyses.target.name, "0" * 64))
+        structure = analyses.get(GraphStructure)
+        explicit = explicit_movers(structure, analyses.target)
+        return SizeModel(graph, structure, explicit, model_metadata(analyses.target.name, "0" * 64))
+
+
+def explicit_movers(structure: Structure, target: Target) -> frozenset[str]:
+    """Operators that are written on integers when their group is in 8 bits."""
+    group_of = structure.group_of()
+    return frozenset(
+        operator.name
+        for operator in structure.operators
+        if operator.moves_data
+        and target.moves_integers(operator.op, 8)
+        and len({group_of[name] for name in (*operator.inputs, *operator.outputs)}) == 1
+    )
 
 
 def stored_layer(layer: Layer, format: LayerFormat, target: Target, storage: dict[int, str]) -> StoredLayer:
@@ -141,7 +155,7 @@ class CostTables(Analysis[CostTable]):
             return {"f32": Cost()}
         signature = signature_of(node, shapes)
         costs = {"f32": _time(target, signature, "f32")}
-        if target.runs_integer(node.op, 8, node.attrs):
+        if target.runs_integer(node.op, 8, node.attrs) or target.moves_integers(node.op, 8):
             costs["int8"] = _time(target, signature, "int8")
         return costs
 

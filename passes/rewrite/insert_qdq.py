@@ -15,11 +15,15 @@ from lcpaq_onnx.graph.emit import (
     conversion_ends,
     isolated_dequantize,
     isolated_name,
+    move_integers,
     quantize_dequantize,
+    read_on_integers,
+    written_on_integers,
 )
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.query import nodes_by_name
+from lcpaq_onnx.graph.usage import unwire
 from lcpaq_onnx.manager.pass_base import Contract, PassContext, PassResult, RewritePass
 from lcpaq_onnx.planning.plan import ActivationPlan, LayerPlan
 
@@ -34,6 +38,7 @@ class InsertQdq(RewritePass):
 
     Given:   producer → t → consumers
     Result:  producer → t/f → QuantizeLinear → t/q → DequantizeLinear → t → consumers
+             a node that only moves data and that the plan names works on the integers: t/q → Pad → u/q
              graph input t → QuantizeLinear → t/q → DequantizeLinear → t/dq → consumers
              a float layer marked ``isolate_input`` reads t/q through a DequantizeLinear of its own
     Kept when the plan leaves the group in float. Bodies of control flow go on reading what they read.
@@ -44,34 +49,22 @@ class InsertQdq(RewritePass):
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         plan = context.needed_plan()
-        tensors = graph.tensors()
         nodes = nodes_by_name(graph)
-        top_level = {id(node) for node in graph.nodes}
-        inputs = {tensor.name for tensor in graph.inputs}
-        first: list[gs.Node] = []
-        after: dict[int, list[gs.Node]] = {}
+        places = _Places(graph, dict(graph.tensors()))
         for group in plan.activations:
             format = group.qformat
             if format is None:
                 continue
             scale, zero_point = activation_constants(group.name, group.scale, group.zero_point, format)
-            for name in group.tensors:
-                if name not in tensors:
-                    raise PassError(f"the graph has no tensor '{name}'", hint="apply the plan to its own model")
-                tensor = tensors[name]
-                before, behind = conversion_ends(name, is_input=name in inputs)
-                if name in inputs:
-                    readers = [node for node in tensor.outputs if id(node) in top_level]
-                    redirect_readers(readers, tensor, behind)
-                    first += quantize_dequantize(tensor, behind, scale, zero_point, name=name, made_by=self.name)
-                else:
-                    (writer,) = tensor.inputs
-                    split_writer(tensor, before)
-                    pair = quantize_dequantize(before, tensor, scale, zero_point, name=name, made_by=self.name)
-                    after.setdefault(id(writer), []).extend(pair)
-        insert_nodes(graph, first=first, after=after)
+            moved = {name: (nodes[name].inputs[0].name, nodes[name].outputs[0].name) for name in group.integer_nodes}
+            integers = {
+                name: places.convert(name, scale, zero_point, group.integer_nodes, self.name) for name in group.tensors
+            }
+            for name, (source, result) in moved.items():
+                move_integers(nodes[name], integers[source], integers[result], zero_point)
+        insert_nodes(graph, first=places.first, after=places.after)
         self._isolate(graph, [layer for layer in plan.layers if layer.isolate_input], group_of_tensor(plan), nodes)
-        return PassResult(modified=bool(first or after))
+        return PassResult(modified=bool(places.first or places.after))
 
     def _isolate(
         self, graph: Graph, layers: list[LayerPlan], groups: dict[str, ActivationPlan], nodes: dict[str, gs.Node]
@@ -96,3 +89,45 @@ class InsertQdq(RewritePass):
             node.inputs[0] = result
             inserted[id(node)] = [dequantize]
         insert_nodes(graph, before=inserted)
+
+
+class _Places:
+    """New nodes by where they go: ``first`` in the graph, or ``after`` the node of that ``id()``."""
+
+    def __init__(self, graph: Graph, tensors: dict[str, gs.Tensor]) -> None:
+        self.first: list[gs.Node] = []
+        self.after: dict[int, list[gs.Node]] = {}
+        self._tensors = tensors
+        self._top_level = {id(node) for node in graph.nodes}
+        self._inputs = {tensor.name for tensor in graph.inputs}
+        self._outputs = {tensor.name for tensor in graph.outputs}
+
+    def convert(
+        self, name: str, scale: gs.Tensor, zero_point: gs.Tensor, explicit: tuple[str, ...], made_by: str
+    ) -> gs.Tensor:
+        """Quantize and dequantize the tensor ``name``, as far as its neighbours are not ``explicit`` nodes that work on
+        the integers. Returns the integers.
+        """
+        if name not in self._tensors:
+            raise PassError(f"the graph has no tensor '{name}'", hint="apply the plan to the model it was made for")
+        tensor = self._tensors[name]
+        has_integers = written_on_integers(tensor, explicit)
+        needs_floats = not read_on_integers(tensor, explicit, is_output=name in self._outputs)
+        source: gs.Tensor
+        result: gs.Tensor
+        before, behind = conversion_ends(name, is_input=name in self._inputs)
+        if name in self._inputs:
+            redirect_readers([node for node in tensor.outputs if id(node) in self._top_level], tensor, behind)
+            source, result, place = tensor, behind, self.first
+        else:
+            place = self.after.setdefault(id(tensor.inputs[0]), [])
+            split_writer(tensor, before)
+            source, result = before, tensor
+        quantize, dequantize = quantize_dequantize(source, result, scale, zero_point, name=name, made_by=made_by)
+        integers = quantize.outputs[0]
+        for node, is_needed in ((quantize, not has_integers), (dequantize, needs_floats)):
+            if is_needed:
+                place.append(node)
+            else:
+                unwire(node)
+        return integers
