@@ -34,18 +34,17 @@ class ResidualBlock(nn.Module):
 
 
 def digits_resnet() -> nn.Module:
-    """Twelve convolutions in five residual blocks, one of which halves the map."""
+    """Ten convolutions in four residual blocks, the last of which halves the map."""
     return nn.Sequential(
-        _conv_norm(1, 16, 3),
+        _conv_norm(1, 32, 3),
         nn.ReLU(),
-        ResidualBlock(16, 16),
-        ResidualBlock(16, 16),
-        ResidualBlock(16, 32, stride=2),
         ResidualBlock(32, 32),
         ResidualBlock(32, 32),
+        ResidualBlock(32, 32),
+        ResidualBlock(32, 40, stride=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(32, CLASSES),
+        nn.Linear(40, CLASSES),
     )
 
 

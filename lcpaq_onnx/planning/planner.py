@@ -95,11 +95,15 @@ class Planner:
         variant = self._widest_variant()
         problem = variant.formulation.problem()
         others = tuple(budget for budget in budgets if budget.dimension not in (dimension, "error"))
-        plans = []
+        plans: list[Plan] = []
+        chosen: list[dict[str, str]] = []
         for point in pareto(problem, dimension, budgets, points):
             limits = (Budget(dimension, _used(point, dimension)), tolerated_error(point.totals.relative_error))
             allocation = allocate(problem, (*others, *limits), ("latency", "error"))
-            plans.append(self._write(variant, problem, allocation, budgets, ("error", "latency")))
+            # Neighbouring points can tolerate the same plan.
+            if allocation.assignment not in chosen:
+                chosen.append(allocation.assignment)
+                plans.append(self._write(variant, problem, allocation, budgets, ("error", "latency")))
         return tuple(plans)
 
     def _write(
