@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -60,6 +61,7 @@ def _one_model(
     for index, budget in enumerate(_BUDGETS):
         row: dict[str, object] = {"model": name, "budget": budget, "samples": len(task.labels)}
         rows.append(row)
+        print(f"{name} {budget or 'without a budget'}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             quantized = lcpaq_onnx.quantize(task.model, task.calibration, budget=[budget] if budget else [])

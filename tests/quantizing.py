@@ -15,7 +15,7 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 from lcpaq_onnx.formats import LayerFormat, QFormat
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.query import Layer, Structure, structure_of
+from lcpaq_onnx.graph.query import Layer, Structure, input_channels, structure_of
 from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
@@ -72,7 +72,7 @@ class _Builder:
 
 
 def random_model(seed: int, *, opset: int = 21) -> onnx.ModelProto:
-    """Conv (grouped, strided, with or without bias), ConvTranspose, Relu, Clip, Add, Concat, MaxPool on 6 x 6 images,
+    """Conv (grouped, strided, with or without bias), ConvTranspose, Relu, Clip, Add, Concat, MaxPool, Pad on 6 x 6 images,
     then pooling or Flatten, Gemm or MatMul; one or two outputs; now and then a shared weight and long names.
     """
     rng = np.random.default_rng(seed)
@@ -109,7 +109,11 @@ def random_model(seed: int, *, opset: int = 21) -> onnx.ModelProto:
 def _block(
     b: _Builder, rng: np.random.Generator, tensors: list[tuple[str, int, int]], name: str, channels: int, extent: int
 ) -> tuple[str, int, int]:
-    kind = rng.choice(["conv", "conv", "conv-relu", "conv-clip", "depthwise", "residual", "concat", "pool", "up", "twin"])
+    kinds = ["conv", "conv", "conv-relu", "conv-clip", "depthwise", "residual", "concat", "pool", "up", "twin", "pad"]
+    kind = rng.choice(kinds)
+    if kind == "pad" and extent <= 4:
+        fill = [b.scalar(0.0)] if rng.integers(0, 2) else []
+        return b.node("Pad", [name, b.integers(0, 0, 1, 0, 0, 0, 0, 1), *fill]), channels, extent + 1
     if kind == "pool" and extent > 2:
         pooled = b.node("MaxPool", [name], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
         return pooled, channels, (extent + 1) // 2
@@ -153,6 +157,13 @@ class Prepared:
     structure: Structure
     feed: Feed
     values: dict[str, np.ndarray]
+
+    @property
+    def movers(self) -> frozenset[str]:
+        """Nodes that can only be written on the integers themselves."""
+        group_of = self.structure.group_of()
+        pads = [node for node in self.graph.nodes if node.op == "Pad"]
+        return frozenset(n.name for n in pads if group_of[n.inputs[0].name] == group_of[n.outputs[0].name])
 
     @property
     def recorded(self) -> dict[str, RecordedTensor]:
@@ -212,7 +223,12 @@ def plan_of(
         scale, zero_point = activation_parameters(low, high, format)
         activations.append(
             ActivationPlan(
-                name=group.name, tensors=group.tensors, format=str(format), scale=float(scale), zero_point=zero_point
+                name=group.name,
+                tensors=group.tensors,
+                format=str(format),
+                scale=float(scale),
+                zero_point=zero_point,
+                integer_nodes=_movers_in(prepared, group.tensors) if format.bits == 8 else (),
             )
         )
     how: dict[int, Storage] = {8: "plain", 16: "plain", 4: "cast", 2: "cast" if opset >= 25 else "packed-bytes"}
@@ -248,6 +264,11 @@ def plan_of(
     )
 
 
+def _movers_in(prepared: Prepared, tensors: tuple[str, ...]) -> tuple[str, ...]:
+    nodes = [node for node in prepared.graph.nodes if node.name in prepared.movers]
+    return tuple(node.name for node in nodes if node.outputs[0].name in tensors)
+
+
 def _layer_plan(
     prepared: Prepared, layer: Layer, format: LayerFormat, isolate: bool, how: dict[int, Storage]
 ) -> LayerPlan:
@@ -259,7 +280,7 @@ def _layer_plan(
         format=str(format),
         executed="int8" if is_integer else "f32",
         input=layer.input,
-        input_channels=prepared.values[layer.input].shape[1] if isolated else 0,
+        input_channels=input_channels(layer, prepared.recorded) if isolated else 0,
         weight=layer.weight,
         weight_format="f32" if bits is None else str(QFormat(bits=bits, axis=layer.channel_axis)),
         storage="float" if bits is None else how.get(bits, "packed-bytes"),
@@ -337,9 +358,7 @@ def _run_node(model: onnx.ModelProto, node: onnx.NodeProto, values: Feed, consta
     return Session(one, _UNFUSED).run(given)[node.output[0]]
 
 
-def _bound(
-    node: onnx.NodeProto, floats: Feed, bounds: dict[str, float], constants: Feed, original: Feed
-) -> float:
+def _bound(node: onnx.NodeProto, floats: Feed, bounds: dict[str, float], constants: Feed, original: Feed) -> float:
     """Largest error of the node's output, from the largest errors of its inputs."""
     errors = [bounds[name] for name in node.input if name in bounds]
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):

@@ -21,12 +21,10 @@ from lcpaq_onnx.graph.emit import (
     dequantize_weight,
     emitted_bytes,
     isolated_dequantize,
-    pack_planes,
     scale_weight,
-    unpack_blob,
-    unpack_cast,
 )
 from lcpaq_onnx.graph.graph_io import node_metadata
+from lcpaq_onnx.graph.packing import pack_planes, unpack_blob, unpack_cast
 from lcpaq_onnx.numeric.rounding import round_nearest
 from lcpaq_onnx.runtime.session import Session, SessionOptions
 
@@ -37,7 +35,9 @@ SHAPES = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
 
 def run_alone(nodes: list[gs.Node], results: list[gs.Variable], level: str, opset: int) -> list[np.ndarray]:
     """What ``nodes``, which need no input, give in ONNX Runtime."""
-    shell = parser.parse_model(f'<ir_version: {13 if opset > 23 else 10}, opset_import: ["": {opset}]> g () => () {{ }}')
+    shell = parser.parse_model(
+        f'<ir_version: {13 if opset > 23 else 10}, opset_import: ["": {opset}]> g () => () {{ }}'
+    )
     graph = graph_io.load(shell)
     graph.nodes = nodes
     graph.outputs = results
@@ -141,7 +141,7 @@ def test_counted_bytes_are_those_of_a_file() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_packed_weights_end_as_constants_of_integer_kernels(tmp_path: Path, bits: int) -> None:
     names = ("stem", "middle", "head/project", "classify")
-    emitted = emit(tmp_path, make_plan({name: f"w{bits}a8" for name in names}, opset=25 if bits == 2 else 21))
+    emitted = emit(tmp_path, make_plan(dict.fromkeys(names, f"w{bits}a8"), opset=25 if bits == 2 else 21))
     optimized = tmp_path / "optimized.onnx"
     Session(emitted.path, SessionOptions("all", threads=1, optimized_model_path=optimized))
     model = onnx.load(optimized)

@@ -18,10 +18,10 @@ from lcpaq_onnx.tables import HessianDiagonal
 SAMPLES = 96
 # With this many probes a sample the standard error over samples is far above what is left of the probes' own noise,
 # and second order holds to about a per cent at a quarter of a 4-bit rounding error (design.md, section 6).
-PROBES = 24
+PROBES = 200
 TRACE_TOLERANCE = 0.05
-# A channel's share rests on a part of the probes only.
-CHANNEL_TOLERANCE = 0.25
+# A channel's share rests on its part of the probes only; measured 2 to 5 %.
+CHANNEL_TOLERANCE = 0.1
 
 
 def fisher(logits: np.ndarray) -> np.ndarray:
@@ -54,7 +54,7 @@ def assert_matches(found: HessianDiagonal, exact: np.ndarray, axis: int | None) 
     assert off <= 3 * found.trace_stderr + 0.02 * exact.sum()
     channels = channel_rows(exact, axis).mean(axis=1)  # type: ignore[arg-type]
     assert len(found.channel_mean) == len(channels)
-    np.testing.assert_allclose(found.channel_mean, channels, rtol=CHANNEL_TOLERANCE, atol=0.03 * channels.max())
+    np.testing.assert_allclose(found.channel_mean, channels, rtol=CHANNEL_TOLERANCE, atol=0.01 * channels.max())
     assert sum(found.channel_mean) * exact.size / len(channels) == pytest.approx(found.trace)
 
 
@@ -121,7 +121,7 @@ def test_tokens_flattened_into_rows_share_their_samples_draw() -> None:
     )
     found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES))["fc"]
     exact = linear_diagonal(x.astype(np.float64).mean(axis=1), weight, np.zeros(5))
-    assert found.trace == pytest.approx(exact.sum(), rel=0.15)
+    assert found.trace == pytest.approx(exact.sum(), rel=TRACE_TOLERANCE)
 
 
 # ---- convolutions, by finite differences of the Jacobian -------------------------------------------------------------
@@ -226,7 +226,8 @@ def test_blocks_cover_every_channel_in_turn() -> None:
     assert chosen.tolist() == [0, 1, 2, 3, 4, 5] * 2
     moved = np.abs(v).sum(axis=2) > 0
     assert (moved == (np.arange(6)[None] == chosen[:, None])).all()
-    assert probe.blocks(3, np.random.default_rng(1))[1].tolist() == [0, 1, 2]
+    # Twelve draws came out even: the next ones start one on, so that every sample meets every block in time.
+    assert probe.blocks(3, np.random.default_rng(1))[1].tolist() == [1, 2, 3]
 
 
 def test_a_quadratic_loss_is_recovered() -> None:

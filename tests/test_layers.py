@@ -85,7 +85,7 @@ def imports(path: Path) -> Iterator[Import]:
             base = package[: len(package) + 1 - node.level] if node.level else []
             prefix = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                # "from lcpaq_onnx import compiler" names a module, "from lcpaq_onnx.planning.plan import Plan" does not.
+                # "from lcpaq_onnx import compiler" names a module, "from lcpaq_onnx.tables import Cost" does not.
                 name = f"{prefix}.{alias.name}" if prefix == "lcpaq_onnx" and alias.name in RANK else prefix
                 yield Import(name, node.lineno, node.level > 0, id(node) in typing_only)
 

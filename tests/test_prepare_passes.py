@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from rewriting import assert_same_outputs, constants, notes_of, ops, outputs_of, parse, rewrite
 
 from lcpaq_onnx.formats import QFormat
-from lcpaq_onnx.graph import emit
+from lcpaq_onnx.graph import emit, packing
 from lcpaq_onnx.graph.graph_io import Graph, load, to_proto
 from lcpaq_onnx.graph.usage import scopes
 from lcpaq_onnx.numeric.rounding import QuantizedWeight
@@ -87,8 +87,8 @@ def test_every_name_that_quantization_gives_is_known_as_taken() -> None:
         emit.dequantize_weight(weight, t, ""),
         *emit.scale_weight(packed, t, ""),
         emit.dequantize_bias(np.zeros(2, np.int32), scale, t, ""),
-        emit.unpack_cast(integers, 4, blob, ""),
-        *emit.unpack_blob(emit.pack_planes(np.zeros(16, np.int8), 3), 3, [(blob, (5,)), (blob, (8,))], ""),
+        packing.unpack_cast(integers, 4, blob, ""),
+        *packing.unpack_blob(packing.pack_planes(np.zeros(16, np.int8), 3), 3, [(blob, (5,)), (blob, (8,))], ""),
     ]
     tensors = {tensor.name for node in made for tensor in (*node.inputs, *node.outputs)} | {end.name for end in ends}
     # A graph in which each of these names stands for something else.

@@ -95,7 +95,9 @@ def test_example_runs(tmp_path: Path) -> None:
     code = (ROOT / "examples" / "quantize_digits.py").read_text(encoding="utf-8")
     (tmp_path / "models").symlink_to(ROOT / "models")
     printed = run_python(code, cwd=tmp_path)
-    assert (tmp_path / "digits_small.onnx").stat().st_size <= 0.3 * (ROOT / "models" / "digits_resnet.onnx").stat().st_size
+    assert (tmp_path / "digits_small.onnx").stat().st_size <= 0.3 * (
+        ROOT / "models" / "digits_resnet.onnx"
+    ).stat().st_size
     assert "passed: True" in printed
 
 

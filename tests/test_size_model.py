@@ -23,7 +23,8 @@ FAST = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def size_model(prepared: Prepared, plan: Plan) -> SizeModel:
-    return SizeModel(prepared.graph, prepared.structure, model_metadata(plan.target, "0" * 64))
+    metadata = model_metadata(plan.target, "0" * 64)
+    return SizeModel(prepared.graph, prepared.structure, prepared.movers, metadata)
 
 
 def stored_layers(plan: Plan) -> dict[str, StoredLayer]:
@@ -89,7 +90,7 @@ def test_the_sum_over_decisions_is_a_close_upper_bound(model_seed: int, plan_see
     packed = [layer for layer in plan.layers if layer.storage == "packed-bytes"]
     widths = {layer.qformat.bits for layer in packed}
     nodes = len(prepared.graph.nodes) + 4
-    assert summed - exact <= 400 * len(widths) + 8 * nodes
+    assert summed - exact <= 480 * len(widths) + 8 * nodes
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)

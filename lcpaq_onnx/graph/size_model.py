@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from lcpaq_onnx.formats import QFormat
-from lcpaq_onnx.graph import emit
+from lcpaq_onnx.graph import emit, packing
 from lcpaq_onnx.graph.graph_io import Graph, constant_bytes, node_bytes, section_bytes
 from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.query import ActivationGroup, Layer, Structure, nodes_by_name
@@ -162,7 +162,7 @@ class SizeModel:
         integers = nodes[0].inputs[0]
         total = emit.emitted_bytes(nodes, shared=[integers])
         if stored.storage == "cast":
-            total += emit.emitted_bytes([emit.unpack_cast(zeros, format.bits, integers, emit.PACK_PASS)])
+            total += emit.emitted_bytes([packing.unpack_cast(zeros, format.bits, integers, emit.PACK_PASS)])
         return total
 
     def _bias_bytes(self, layer: Layer, stored: StoredLayer, bias: gs.Constant) -> int:
@@ -207,9 +207,9 @@ class SizeModel:
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the model it is asked about
     def _blob_bytes(self, bits: int, pieces: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
         values = sum(-(-int(np.prod(shape, dtype=np.int64)) // 8) * 8 for _, shape in pieces)
-        planes = emit.pack_planes(np.zeros(values, np.int8), bits)
+        planes = packing.pack_planes(np.zeros(values, np.int8), bits)
         named = [(gs.Variable(name), shape) for name, shape in pieces]
-        return emit.emitted_bytes(emit.unpack_blob(planes, bits, named, emit.PACK_PASS))
+        return emit.emitted_bytes(packing.unpack_blob(planes, bits, named, emit.PACK_PASS))
 
     def _renames(self, group: ActivationGroup, format: QFormat) -> list[tuple[gs.Node, int]]:
         """Nodes whose text grows when ``group`` is quantized, and by how many bytes."""

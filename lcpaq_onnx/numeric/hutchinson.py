@@ -66,7 +66,9 @@ class LayerProbe:
     def blocks(self, draws: int, random: np.random.Generator) -> tuple[Float, NDArray[np.intp]]:
         """Changes of one block each, and which block; consecutive calls go on through the blocks."""
         chosen = (self._next_block + np.arange(draws)) % self._block_count
-        self._next_block = int(self._next_block + draws) % self._block_count
+        # One more where the draws come out even: probed again, a sample then meets the next block and not the same one.
+        step = draws + int(draws % self._block_count == 0)
+        self._next_block = int(self._next_block + step) % self._block_count
         mask = self._block[None, :] == chosen[:, None]
         return self._signs(draws, random, mask * self._amplitude), chosen
 
@@ -89,9 +91,11 @@ class LayerProbe:
         per_weight = np.divide(2 * mean, power, out=np.zeros_like(power), where=power > 0)
         channel_mean = (share * per_weight)[self._block]
         trace = float(channel_mean.sum() * self._elements)
+        weights_of_block = np.bincount(self._block) * self._elements
+        shares_stderr = float(np.sqrt(((share_stderr * per_weight * weights_of_block) ** 2).sum()))
         return HessianDiagonal(
             trace=trace,
-            trace_stderr=trace * relative_stderr,
+            trace_stderr=float(np.hypot(trace * relative_stderr, shares_stderr)),
             relative_stderr=relative_stderr,
             squared_error_per_loss=float(squared.mean() / mean) if mean > 0 else 0.0,
             channel_mean=tuple(channel_mean.tolist()),

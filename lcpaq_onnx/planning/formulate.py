@@ -224,6 +224,19 @@ class Formulation:
                     by_operand.setdefault(key, []).append(str(format))
             for (group, wanted), formats in by_operand.items():
                 yield Requirement(layer.name, tuple(formats), group, (wanted,))
+            yield from self._one_width_or_float(layer)
+
+    def _one_width_or_float(self, layer: Layer) -> Iterable[Requirement]:
+        """An integer kernel that can write float cannot requantize to another width."""
+        group = self._convertible(layer.output)
+        if group is None:
+            return
+        for format in self.layer_formats(layer):
+            if format.activation_bits is None or not self._is_integer(layer, format):
+                continue
+            own = f"a{format.activation_bits}"
+            legal = ("f32", *(text for text in self.group_formats(group) if text == own))
+            yield Requirement(layer.name, (str(format),), activation_decision(group), legal)
 
     def _conjunctions(self) -> Iterable[Conjunction]:
         for operator in self._deciding.values():

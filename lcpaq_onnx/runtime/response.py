@@ -52,9 +52,14 @@ class LayerResponse:
             v = v.swapaxes(1, 2) if self._attrs.get("transB", 0) else v
             alpha = float(str(self._attrs.get("alpha", 1.0)))
         draws = len(v)
-        rows = x.reshape(draws, -1, x.shape[-1])
-        y: Float = np.matmul(rows, v)
-        y = y.reshape(*x.shape[:-1], v.shape[-1])
+        if draws == 1:
+            y: Float = np.matmul(x, v[0])
+        else:
+            # MatMul broadcasts leading axes from the right; the draws stay in front.
+            split = x.reshape(draws, len(x) // draws, *x.shape[1:])
+            leading = (1,) * (split.ndim - v.ndim)
+            y = np.matmul(split, v.reshape(draws, *leading, *v.shape[1:]))
+            y = y.reshape(len(x), *y.shape[2:])
         return y if alpha == 1.0 else y * np.float32(alpha)
 
     def _session(self, rank: int, draws: int) -> Session:

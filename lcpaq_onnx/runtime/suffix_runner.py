@@ -22,10 +22,13 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True, eq=False)
 class CachedBatch:
-    """Tensors of the float model on one batch: graph outputs, starts of suffixes, their live tensors."""
+    """Tensors of the float model on one batch: graph outputs, starts of suffixes, their live tensors. ``samples``: extent
+    of the feed's axis 0.
+    """
 
     tensors: Mapping[str, Array]
     outputs: Mapping[str, Array]
+    samples: int
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """A cached float tensor."""
@@ -80,7 +83,8 @@ class SuffixRunner:
         """Run the float model once on a batch and keep what suffixes read."""
         values = self._whole.run(feed, [*self._outputs, *self._from_run])
         outputs = {name: values[name] for name in self._outputs}
-        return CachedBatch(values | {name: feed[name] for name in self._from_feed}, outputs)
+        samples = next((len(value) for value in feed.values() if value.ndim), 1)
+        return CachedBatch(values | {name: feed[name] for name in self._from_feed}, outputs, samples)
 
     def open(self, start: str, loss: TeacherLoss, scale: OutputScale) -> OpenSuffix:
         """A session for the suffix that begins at ``start``."""

@@ -43,6 +43,7 @@ class HessianDiagonals(Analysis[dict[str, HessianDiagonal]]):
         }
         starts, inputs = [layer.raw_output for layer in layers], [layer.input for layer in layers]
         suffixes = Suffixes(graph, analyses, starts, inputs, self.samples)
+        by_sample = suffixes.by_sample(inputs)
         random = np.random.default_rng(analyses.inputs.seed)
         with analyses.inputs.progress.track("probing layers", len(layers) * suffixes.round_count) as advance:
             for batches in suffixes.rounds():
@@ -51,7 +52,9 @@ class HessianDiagonals(Analysis[dict[str, HessianDiagonal]]):
                     behind = suffixes.open(layer.raw_output, teacher)
                     for batch in batches:
                         x, y = batch.floats(layer.input), batch.floats(layer.raw_output)
-                        draws = draws_for(len(x), probes[layer.name].elements) if suffixes.is_batched else 1
+                        # All rows of a sample move together: its loss is of one change.
+                        most = batch.samples if layer.input in by_sample else 1
+                        draws = draws_for(most, probes[layer.name].elements)
                         self._probe(probes[layer.name], _Changed(respond, behind, batch, x, y), draws, random)
                     advance(1)
         return {name: probe.estimate() for name, probe in probes.items()}
@@ -59,8 +62,9 @@ class HessianDiagonals(Analysis[dict[str, HessianDiagonal]]):
     def _probe(self, probe: LayerProbe, changed: _Changed, draws: int, random: np.random.Generator) -> None:
         results = [changed.loss(probe.whole(draws, random)) for _ in range(self.probes)]
         probe.add_whole(np.stack([r[0] for r in results]), np.stack([r[1] for r in results]))
-        v, chosen = probe.blocks(draws, random)
-        probe.add_blocks(chosen, changed.loss(v)[0])
+        for _ in range(self.probes):
+            v, chosen = probe.blocks(draws, random)
+            probe.add_blocks(chosen, changed.loss(v)[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.subgraph import SuffixExtractor
 from lcpaq_onnx.manager.analysis import AnalysisManager
 from lcpaq_onnx.numeric.losses import OutputScale, TeacherLoss, teacher_loss
+from lcpaq_onnx.runtime.calibration import Feed
 from lcpaq_onnx.runtime.suffix_runner import CachedBatch, OpenSuffix, SuffixRunner, in_rounds
 
 from .batch_size import BatchSize
@@ -18,6 +22,7 @@ from .recorded_tensors import RecordedTensors
 __all__ = ["Suffixes", "Teacher", "teacher_of"]
 
 _CACHE_BYTES = 1 << 30
+_SAME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,18 @@ class Suffixes:
         sample_bytes = 4 * sum(recorded[name].elements for name in self._runner.cached_names if name in recorded)
         self._rounds = list(in_rounds(data.batches(size), sample_bytes, _CACHE_BYTES))
 
+    def by_sample(self, names: Sequence[str]) -> frozenset[str]:
+        """Those of the cached tensors ``names`` whose rows (axis 0) stand sample by sample in a batch. Tried, not
+        guessed: not so behind a transposition, and a layer behind a Reshape sees several rows for each sample.
+        """
+        if not self.is_batched:
+            return frozenset()
+        feed = self._rounds[0][0]
+        samples = _sample_count(feed)
+        together = self._runner.cache(feed)
+        alone = self._runner.cache({name: value[:1] for name, value in feed.items()})
+        return frozenset(name for name in names if _starts_with(together.floats(name), alone.floats(name), samples))
+
     @property
     def round_count(self) -> int:
         return len(self._rounds)
@@ -64,3 +81,15 @@ class Suffixes:
     def open(self, start: str, teacher: Teacher) -> OpenSuffix:
         """A session for what follows ``start``."""
         return self._runner.open(start, teacher.loss, teacher.scale)
+
+
+def _sample_count(feed: Feed) -> int:
+    return len(next(iter(feed.values())))
+
+
+def _starts_with(together: NDArray[np.float32], alone: NDArray[np.float32], samples: int) -> bool:
+    """Whether a batch of ``samples`` begins with the rows of its first sample; kernels may sum in another order."""
+    if alone.ndim == 0 or len(together) != samples * len(alone) or together.shape[1:] != alone.shape[1:]:
+        return False
+    slack = _SAME * float(np.abs(alone).max(initial=0.0))
+    return bool(np.allclose(together[: len(alone)], alone, rtol=0.0, atol=slack))

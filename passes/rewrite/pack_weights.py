@@ -9,8 +9,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from lcpaq_onnx.graph.edit import constant_to_variable, insert_nodes
-from lcpaq_onnx.graph.emit import PACK_PASS, pack_planes, unpack_blob, unpack_cast
+from lcpaq_onnx.graph.emit import PACK_PASS
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.packing import pack_planes, unpack_blob, unpack_cast
 from lcpaq_onnx.graph.query import nodes_by_name
 from lcpaq_onnx.manager.pass_base import Contract, PassContext, PassResult, RewritePass
 from lcpaq_onnx.planning.plan import LayerPlan
