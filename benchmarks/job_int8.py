@@ -100,8 +100,10 @@ def _claims(
     loss = 100 * (judge.reference_top1 - ours.top1)
     claims = [Claim("w8a8: points of top-1 lost", loss, "<=", 0.3, f"float has {100 * judge.reference_top1:.2f} %")]
     for batch in _BATCHES:
-        ratio = times[batch].ratio(f"final {OURS}", f"final {best[batch]}")
-        claims.append(Claim(f"w8a8: time at batch {batch}", ratio, "<=", 1.0, f"quantize_static {best[batch]}"))
+        pair = (f"final {OURS}", f"final {best[batch]}")
+        low, high = times[batch].range_of_ratio(*pair)
+        detail = f"quantize_static {best[batch]} ({low:.3f} to {high:.3f} by set of sessions)"
+        claims.append(Claim(f"w8a8: time at batch {batch}", times[batch].ratio(*pair), "<=", 1.0, detail))
     claims.append(Claim("w8a8: share of MACs in integer kernels", integer_share, ">=", 0.99))
     size, theirs = files[OURS].stat().st_size, files[best[1]].stat().st_size
     detail = f"quantize_static {best[1]}: {theirs:,} bytes"

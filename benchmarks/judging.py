@@ -38,16 +38,25 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each name, one per round; all names of one round ran right after each other."""
+    """Seconds of each name: for each set of sessions, one per round; all names of one round ran after each other."""
 
-    seconds: Mapping[str, list[float]]
+    seconds: Mapping[str, list[list[float]]]
 
     def median_us(self, name: str) -> float:
-        return median(self.seconds[name]) * 1e6
+        return median(value for session in self.seconds[name] for value in session) * 1e6
 
     def ratio(self, first: str, second: str) -> float:
         """Median over rounds of first / second: below 1, the first is faster. Drift of the machine hits both."""
-        return median(a / b for a, b in zip(self.seconds[first], self.seconds[second], strict=True))
+        return median(ratio for session in self._ratios(first, second) for ratio in session)
+
+    def range_of_ratio(self, first: str, second: str) -> tuple[float, float]:
+        """Least and largest median of one set of sessions: a difference inside it is not resolved."""
+        medians = [median(session) for session in self._ratios(first, second)]
+        return min(medians), max(medians)
+
+    def _ratios(self, first: str, second: str) -> list[list[float]]:
+        pairs = zip(self.seconds[first], self.seconds[second], strict=True)
+        return [[a / b for a, b in zip(ours, theirs, strict=True)] for ours, theirs in pairs]
 
 
 class Judge:
@@ -106,9 +115,11 @@ def take_turns(makers: Mapping[str, Callable[[], Run]], seconds: float) -> Times
     the caches. ``makers`` are called three times: where a session's memory happens to lie is worth a per cent or so.
     """
     names, rng = list(makers), np.random.default_rng(0)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(_FRESH_SESSIONS):
         runs = {name: make() for name, make in makers.items()}
+        for rows in found.values():
+            rows.append([])
         for run in (*runs.values(),) * _WARM_UP_RUNS:
             run()
         deadline, rounds = time.perf_counter() + seconds / _FRESH_SESSIONS, 0
@@ -116,7 +127,7 @@ def take_turns(makers: Mapping[str, Callable[[], Run]], seconds: float) -> Times
             for name in rng.permutation(names):
                 start = time.perf_counter()
                 runs[name]()
-                found[name].append(time.perf_counter() - start)
+                found[name][-1].append(time.perf_counter() - start)
             rounds += 1
     return Times(found)
 

@@ -117,7 +117,7 @@ def test_api_snippet_runs(tmp_path: Path) -> None:
     passed, size_bytes, share = done.stdout.split()
     assert passed == "True"
     assert (tmp_path / "fast.onnx").stat().st_size == int(size_bytes)
-    assert (tmp_path / "small.onnx").stat().st_size <= 0.25 * (ROOT / "models" / "digits_resnet.onnx").stat().st_size
+    assert (tmp_path / "small.onnx").stat().st_size <= 0.2 * (ROOT / "models" / "digits_resnet.onnx").stat().st_size
     assert 0 < float(share) <= 1
 
 
@@ -194,7 +194,7 @@ def test_printed_report_is_that_of_a_real_run(tmp_path: Path, capsys: pytest.Cap
     share = re.search(r"integer MACs ([\d.]+)%", printed)
     assert share is not None
     assert report.kernels is not None
-    assert float(share[1]) / 100 == pytest.approx(report.kernels.integer_share, abs=0.1)
+    assert float(share[1]) / 100 == pytest.approx(report.kernels.integer_share, abs=0.3)
     error = re.search(r"error +([\d.]+)% of the output's range", printed)
     assert error is not None
     assert report.measured.relative_error is not None

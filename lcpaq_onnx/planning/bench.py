@@ -36,7 +36,7 @@ Outputs = dict[str, np.ndarray]
 MEASUREMENTS_SCHEMA = 1
 
 # Widths at which rounding is too coarse for second order.
-_MEASURED_BITS = (2, 3, 4)
+_MEASURED_BITS = (2, 4)
 # Multiply-accumulates of a sensitivity analysis that take about a minute on two cores. Counted, not timed: the choice
 # of samples must not depend on the machine.
 _AFFORDABLE_MACS = 2.5e12
@@ -85,7 +85,8 @@ class Bench:
         """Measurements with the error table; exact at the low ones of ``weight_bits`` (None: all)."""
         s = self._settings
         samples = s.sensitivity_samples or self._affordable_samples()
-        measured = tuple(bits for bits in _MEASURED_BITS if weight_bits is None or bits in weight_bits)
+        low = weight_bits is None or min(weight_bits, default=8) <= max(_MEASURED_BITS)
+        measured = _MEASURED_BITS if low else ()
         table = ErrorTables(measured=measured, samples=samples, probes=s.probes, method=s.range_method)
         errors = self._analyses.get(table)
         return self._measurements(errors, self._analyses.get(HessianDiagonals(samples, s.probes)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lcpaq_onnx.allocation.allocate import Allocation, Objective, allocate
+from lcpaq_onnx.allocation.allocate import Allocation, Objective, allocate, effort_for, optimise
 from lcpaq_onnx.allocation.pareto import pareto
 from lcpaq_onnx.allocation.problem import AllocationProblem
+from lcpaq_onnx.allocation.programme import build_programme
 from lcpaq_onnx.budget import Budget, Dimension
 from lcpaq_onnx.errors import PassError, TargetError
 from lcpaq_onnx.graph.graph_io import Graph
@@ -36,6 +37,7 @@ TOLERATED = 1.1
 """Errors up to this factor of the least count as equal: predictions are no better."""
 NEGLIGIBLE_RELATIVE_ERROR = 0.01
 """Root mean square error of the output over its range that counts as none."""
+_TIME_LIMIT_S = 60.0
 # Per-channel DequantizeLinear; below it there is no form that all runtimes take.
 _LEAST_OPSET = 13
 
@@ -59,6 +61,7 @@ class _Variant:
 
     graph: Graph
     formulation: Formulation
+    problem: AllocationProblem
     sizes: SizeModel
 
 
@@ -80,36 +83,40 @@ class Planner:
     def plan(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Plan:
         """The best plan, in a file of the lowest opset that expresses it. Raises BudgetError when none fits."""
         variant = self._widest_variant()
-        problem = variant.formulation.problem()
-        allocation = allocate(problem, budgets, objective)
+        allocation = allocate(variant.problem, budgets, objective)
         needed = self._opset_of(allocation, variant)
         if needed < variant.graph.opset:
-            lower = self._variant(needed)
-            lower_problem = lower.formulation.problem()
             # The same formats may stand differently in the older file, so they are allocated anew.
-            return self._write(lower, lower_problem, allocate(lower_problem, budgets, objective), budgets, objective)
-        return self._write(variant, problem, allocation, budgets, objective)
+            variant = self._variant(needed)
+            allocation = allocate(variant.problem, budgets, objective)
+        return self._write(variant, allocation, budgets, objective)
+
+    def least_error(self, budgets: Sequence[Budget]) -> float:
+        """Least relative error within ``budgets``. Raises BudgetError when no plan fits."""
+        problem = self._widest_variant().problem
+        caps = dict(problem.cap(budget) for budget in budgets)
+        found = optimise(build_programme(problem), ("loss",), caps, effort_for(problem, _TIME_LIMIT_S))
+        # Without a solution, allocate says why.
+        return found[0].totals.relative_error if found else allocate(problem, budgets).totals.relative_error
 
     def frontier(self, dimension: Dimension, budgets: Sequence[Budget], points: int) -> tuple[Plan, ...]:
         """Plans of least error from the least ``dimension`` upwards; of those as good, the fastest (``TOLERATED``)."""
         variant = self._widest_variant()
-        problem = variant.formulation.problem()
         others = tuple(budget for budget in budgets if budget.dimension not in (dimension, "error"))
         plans: list[Plan] = []
         chosen: list[dict[str, str]] = []
-        for point in pareto(problem, dimension, budgets, points):
+        for point in pareto(variant.problem, dimension, budgets, points):
             limits = (Budget(dimension, _used(point, dimension)), tolerated_error(point.totals.relative_error))
-            allocation = allocate(problem, (*others, *limits), ("latency", "error"))
+            allocation = allocate(variant.problem, (*others, *limits), ("latency", "error"))
             # Neighbouring points can tolerate the same plan.
             if allocation.assignment not in chosen:
                 chosen.append(allocation.assignment)
-                plans.append(self._write(variant, problem, allocation, budgets, ("error", "latency")))
+                plans.append(self._write(variant, allocation, budgets, ("error", "latency")))
         return tuple(plans)
 
     def _write(
         self,
         variant: _Variant,
-        problem: AllocationProblem,
         allocation: Allocation,
         budgets: Sequence[Budget],
         objective: Sequence[Objective],
@@ -122,7 +129,7 @@ class Planner:
             ir_version=variant.graph.header.ir_version,
         )
         ranges = self._measurements.ranges
-        return write_plan(variant.formulation, problem, allocation, ranges, variant.sizes, request)
+        return write_plan(variant.formulation, variant.problem, allocation, ranges, variant.sizes, request)
 
     # ---- opsets -----------------------------------------------------------------------------------------------------
     def _widest_variant(self) -> _Variant:
@@ -170,7 +177,8 @@ class Planner:
             graph = run_pipeline(raise_to(opset), PassContext.of(self._graph)).graph
             analyses = AnalysisManager(graph, AnalysisInputs(target=self._target))
             analyses.put(RecordedTensors(), self._measurements.tensors)
-            self._variants[opset] = _Variant(graph, self._formulation(analyses), analyses.get(SizeModels))
+            formulation = self._formulation(analyses)
+            self._variants[opset] = _Variant(graph, formulation, formulation.problem(), analyses.get(SizeModels))
         return self._variants[opset]
 
     def _formulation(self, analyses: AnalysisManager) -> Formulation:

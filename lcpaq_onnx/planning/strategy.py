@@ -109,7 +109,7 @@ def plan_for(planner: Planner, goal: Goal) -> Plan:
     """
     if goal.objective is not None or goal.error_budget is not None:
         return planner.plan(goal.budgets, goal.objectives)
-    least = planner.plan(goal.budgets, _OBJECTIVES["error"]).predicted.relative_error or 0.0
+    least = planner.least_error(goal.budgets)
     limit = tolerated_error(least)
     plan = planner.plan((*goal.budgets, limit), _OBJECTIVES["latency"])
     objective = (f"latency at error<={limit.limit:.3g}% (the least is {100 * least:.3g}%)", "error")

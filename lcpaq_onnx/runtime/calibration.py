@@ -243,5 +243,6 @@ def _stacks(singles: Sequence[np.ndarray], together: np.ndarray, tolerance: floa
         return False
     if together.dtype.kind != "f":
         return np.array_equal(expected, together)
-    limit = max(tolerance, 4 * float(np.finfo(together.dtype).eps)) * float(np.abs(expected).max(initial=0.0))
+    largest = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+    limit = max(tolerance, 4 * float(np.finfo(together.dtype).eps)) * largest
     return bool(np.allclose(together, expected, rtol=0.0, atol=limit, equal_nan=True))

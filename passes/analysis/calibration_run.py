@@ -57,7 +57,7 @@ class CalibrationRun(Analysis[CalibrationStatistics]):
             for feed in analyses.inputs.samples().batches(batch_size):
                 values = feed | session.run(feed, [spec.name for spec in session.outputs if spec.is_tensor])
                 for name in list(histograms):
-                    if np.isfinite(values[name].min(initial=0) + values[name].max(initial=0)):
+                    if np.isfinite([values[name].min(initial=0), values[name].max(initial=0)]).all():
                         histograms[name].update(values[name])
                     else:
                         del histograms[name]
