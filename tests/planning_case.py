@@ -18,7 +18,17 @@ from lcpaq_onnx.planning.planner import Planner
 from lcpaq_onnx.tables import Measurements
 from lcpaq_onnx.targets.loader import load as load_target
 
-__all__ = ["CALIBRATION", "EVALUATION", "MODELS", "VNNI", "formulation", "measurements", "planner", "prepared", "widest_assignment"]
+__all__ = [
+    "CALIBRATION",
+    "EVALUATION",
+    "MODELS",
+    "VNNI",
+    "formulation",
+    "measurements",
+    "planner",
+    "prepared",
+    "widest_assignment",
+]
 
 FOLDER = Path(__file__).parents[1] / "models"
 MODELS = {path.stem: path for path in sorted(FOLDER.glob("*.onnx"))}

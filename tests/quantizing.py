@@ -72,8 +72,8 @@ class _Builder:
 
 
 def random_model(seed: int, *, opset: int = 21) -> onnx.ModelProto:
-    """Conv (grouped, strided, with or without bias), ConvTranspose, Relu, Clip, Add, Concat, MaxPool, Pad on 6 x 6 images,
-    then pooling or Flatten, Gemm or MatMul; one or two outputs; now and then a shared weight and long names.
+    """Conv (grouped, strided, with or without bias), ConvTranspose, Relu, Clip, Add, Concat, MaxPool, Pad on 6 x 6
+    images, then pooling or Flatten, Gemm or MatMul; one or two outputs; now and then a shared weight and long names.
     """
     rng = np.random.default_rng(seed)
     b = _Builder(rng, long_names=bool(rng.integers(0, 2)))

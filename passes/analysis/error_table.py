@@ -47,8 +47,7 @@ class ErrorTables(Analysis[ErrorTable]):
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> ErrorTable:
         diagonals = analyses.get(HessianDiagonals(self.samples, self.probes))
-        rounding = analyses.get(RoundingErrors(self.measured, self.samples))
-        measured = _steadied(rounding)
+        measured = _steadied(self._measured(analyses))
         nodes = nodes_by_name(graph)
         layers = {
             layer.name: self._of_layer(
@@ -57,6 +56,17 @@ class ErrorTables(Analysis[ErrorTable]):
             for layer in analyses.get(GraphStructure).layers
         }
         return ErrorTable(layers, analyses.get(ActivationErrors(max(1, self.samples // 2), self.method)))
+
+    def _measured(self, analyses: AnalysisManager) -> dict[str, dict[int, ErrorEntry]]:
+        """The widest of ``measured``, which anchors all above it, on twice the samples; the others, whose errors are
+        large and plain, on half.
+        """
+        if not self.measured:
+            return {layer.name: {} for layer in analyses.get(GraphStructure).layers}
+        anchor = analyses.get(RoundingErrors((max(self.measured),), 2 * self.samples))
+        others = tuple(bits for bits in self.measured if bits != max(self.measured))
+        coarse = analyses.get(RoundingErrors(others, max(1, self.samples // 2)))
+        return {name: coarse[name] | entries for name, entries in anchor.items()}
 
     def _of_layer(
         self, layer: Layer, weight: Float, diagonal: HessianDiagonal, measured: Mapping[int, ErrorEntry]
