@@ -39,7 +39,7 @@ def claim_table(claims: Iterable[Claim]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.5g}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -34,6 +34,7 @@ _PARTS = ("int8", "mixed", "time", "models")
 _TASK = "resnet20"
 _CALIBRATION, _EVALUATION = 256, 5000
 _QUICK_EVALUATION = 1000
+_MODELS_CALIBRATION = 64
 
 
 def run(assets: Assets, options: argparse.Namespace, folder: Path) -> tuple[dict[str, object], list[Claim]]:
@@ -60,8 +61,8 @@ def run(assets: Assets, options: argparse.Namespace, folder: Path) -> tuple[dict
                 assets,
                 folder,
                 options.models or assets.classifiers(),
-                calibration=64 if options.quick else 128,
-                evaluation=100 if options.quick else 400,
+                calibration=_MODELS_CALIBRATION,
+                evaluation=100 if options.quick else 300,
                 timing_s=1.0 if options.quick else 3.0,
             )
             text, claims = models.text(), claims + models.claims

@@ -55,8 +55,8 @@ __all__ = [
 ]
 
 Model = graph_io.Source
-# A quarter of a second of paired runs tells 2 % at a millisecond a run; ``verify`` takes longer.
-_TIMING_S = 0.25
+# Enough paired runs to tell 2 % at a millisecond a run; ``verify`` takes longer.
+_TIMING_S = 0.15
 DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
 
 

@@ -24,10 +24,17 @@ CASES: dict[str, tuple[dict[str, object], float]] = {
     "default": ({}, 0.7),
     "size 0.3": ({"budget": "size<=0.3x"}, 1.0),
     "size 0.2": ({"budget": "size<=0.2x", "weights": NARROW}, 4.0),
+    "size 0.25": ({"budget": "size<=0.25x", "weights": NARROW}, 4.0),
     "error 1 %": ({"budget": "error<=1%"}, 1.0),
 }
-QUICK = [*(("digits_resnet", case) for case in CASES), ("digits_vit", "default")]
-SLOW = [(name, case) for name in ("digits_mobile", "digits_vit") for case in CASES if (name, case) not in QUICK]
+# The other two have more nodes than a fifth of their size leaves room for.
+QUICK = [*(("digits_resnet", case) for case in CASES if case != "size 0.25"), ("digits_vit", "default")]
+SLOW = [
+    (name, case)
+    for name in ("digits_mobile", "digits_vit")
+    for case in CASES
+    if (name, case) not in QUICK and case != "size 0.2"
+]
 
 
 @functools.cache
@@ -74,6 +81,12 @@ def test_two_runs_give_the_same_bytes(case: str) -> None:
     second = quantized.__wrapped__("digits_resnet", case)
     assert first.model.SerializeToString() == second.model.SerializeToString()
     assert first.plan.to_json() == second.plan.to_json()
+
+
+def test_a_size_that_cannot_be_had_is_refused_with_the_least_that_can() -> None:
+    with pytest.raises(BudgetError, match=r"least size that works is 0\.\d+x") as caught:
+        compiler.quantize(MODELS["digits_vit"], CALIBRATION, samples=8, settings=SETTINGS, budget="size<=0.1x")
+    assert caught.value.hint.startswith("size<=")
 
 
 def test_the_steps_give_what_quantize_gives(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ _MEASURED_BITS = (2, 4)
 # Multiply-accumulates of a sensitivity analysis that take about a minute on two cores. Counted, not timed: the choice
 # of samples must not depend on the machine.
 _AFFORDABLE_MACS = 2.5e12
-_SAMPLES = (16, 128)
+_SAMPLES = (16, 96)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SourceModel:
 @dataclass(frozen=True)
 class Settings:
     """How to measure. ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None:
-    as many, up to 128, as take about a minute; ``probes``: random directions per layer and sample.
+    as many, up to 96, as take about a minute; ``probes``: random directions per layer and sample.
     """
 
     loss: LossName | TeacherLoss = "auto"
@@ -89,7 +89,7 @@ class Bench:
         measured = _MEASURED_BITS if low else ()
         table = ErrorTables(measured=measured, samples=samples, probes=s.probes, method=s.range_method)
         errors = self._analyses.get(table)
-        return self._measurements(errors, self._analyses.get(HessianDiagonals(samples, s.probes)))
+        return self._measurements(errors, self._analyses.get(HessianDiagonals(max(1, samples // 2), s.probes)))
 
     def error_of(self, quantized: Graph) -> MeasuredError:
         """Error of an emitted model over all calibration data."""

@@ -159,9 +159,23 @@ class Formulation:
 
     def _operands(self, layer: Layer, format: LayerFormat) -> tuple[str, ...]:
         """Tensors that must be in the layer's activation format."""
-        if self.target.needs_quantized_output(layer.op) and self._is_integer(layer, format):
+        if self._is_integer(layer, format) and self._needs_quantized_output(layer):
             return (layer.input, layer.output)
         return (layer.input,)
+
+    def _needs_quantized_output(self, layer: Layer) -> bool:
+        if self.target.needs_quantized_output(layer.op):
+            return True
+        merges = layer.bias is None and len(self.tensors[layer.raw_output].shape) == 2
+        return merges and layer.output in self._read_by_bias and self.target.has_quirk(Quirk.MATMUL_ADD_BECOMES_GEMM)
+
+    @cached_property
+    def _read_by_bias(self) -> frozenset[str]:
+        """Tensors that an Add of a constant reads."""
+        adds = (
+            operator for operator in self.structure.operators if operator.op == "Add" and operator.has_float_constant
+        )
+        return frozenset(name for operator in adds for name in operator.inputs)
 
     def _is_integer(self, layer: Layer, format: LayerFormat) -> bool:
         return self.target.executed(layer.op, format).startswith("int")

@@ -186,7 +186,7 @@ class Planner:
             structure=analyses.get(GraphStructure),
             tensors=self._measurements.tensors,
             errors=self._measurements.errors,
-            costs=analyses.get(CostTables),
+            costs=analyses.get(CostTables(self._widths())),
             timeline=analyses.get(MemoryTimeline),
             target=self._target,
             allowed=self._allowed,

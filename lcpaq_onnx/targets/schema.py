@@ -67,6 +67,9 @@ class Quirk(str, Enum):
     """Without QuantizeLinear behind it, an operator runs in float although its inputs are integers."""
     EXACT_BIAS_SCALE = "bias-scale-must-be-exact-product"
     """The int32 bias scale must equal float32(input scale * weight scale) bit for bit."""
+    MATMUL_ADD_BECOMES_GEMM = "matmul-add-becomes-gemm"
+    """A MatMul of two matrices and the Add of a constant behind it become one Gemm before kernels are chosen; with a
+    float bias it runs in float. A quantizer between the two keeps them apart."""
     RELU_AT_QMIN = "relu-fuses-only-at-zero-point-qmin"
     """A Relu before QuantizeLinear disappears only if the zero point is the least integer."""
     WEIGHT_DEQUANTIZE_EACH_RUN = "weight-only-dequantize-runs-every-inference"

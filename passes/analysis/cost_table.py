@@ -74,6 +74,8 @@ class CostTables(Analysis[CostTable]):
     """
 
     name: ClassVar[str] = "cost-table"
+    weight_bits: tuple[int, ...] | None = None
+    """Stored widths to count; None: all that the target has."""
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> CostTable:
         target = analyses.target
@@ -127,6 +129,8 @@ class CostTables(Analysis[CostTable]):
         costs = {}
         for format in target.layer_formats(layer.op):
             if format.weight_bits is not None and format.weight_bits not in storage:
+                continue
+            if self.weight_bits is not None and format.weight_bits not in (None, *self.weight_bits):
                 continue
             executed = target.executed(layer.op, format)
             if executed == "int8" and target.weights.saturating_pairs and self._saturates(layer, node, format, target):

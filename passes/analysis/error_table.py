@@ -46,7 +46,7 @@ class ErrorTables(Analysis[ErrorTable]):
     method: RangeMethod = "mse"
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> ErrorTable:
-        diagonals = analyses.get(HessianDiagonals(self.samples, self.probes))
+        diagonals = analyses.get(HessianDiagonals(max(1, self.samples // 2), self.probes))
         measured = _steadied(self._measured(analyses))
         nodes = nodes_by_name(graph)
         layers = {
