@@ -191,7 +191,7 @@ def test_inspect_names_stored_bits(folder: Path, capsys: pytest.CaptureFixture[s
 def test_inspect_float_model(capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads(call(capsys, "inspect", MODEL, "--json").out)
     assert summary["inputs"] == ["image float32 [batch, 1, 8, 8]"]
-    assert summary["operators"]["Conv"] == 12
+    assert summary["operators"]["Conv"] == 10
     assert {layer["stored_bits"] for layer in summary["layers"]} == {32}
 
 
