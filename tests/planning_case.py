@@ -13,7 +13,8 @@ from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
 from lcpaq_onnx.passes import CostTables, GraphStructure, MemoryTimeline, RecordedTensors
 from lcpaq_onnx.passes.analysis.cost_table import explicit_movers
 from lcpaq_onnx.planning.bench import Settings
-from lcpaq_onnx.planning.formulate import Allowed, Formulation
+from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.formulate import Formulation
 from lcpaq_onnx.planning.planner import Planner
 from lcpaq_onnx.tables import Measurements
 from lcpaq_onnx.targets.loader import load as load_target

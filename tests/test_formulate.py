@@ -11,7 +11,8 @@ from lcpaq_onnx.allocation.allocate import allocate
 from lcpaq_onnx.allocation.pareto import pareto
 from lcpaq_onnx.budget import Budget
 from lcpaq_onnx.formats import LayerFormat
-from lcpaq_onnx.planning.formulate import Allowed, activation_decision
+from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.formulate import activation_decision
 
 MODELS = ("digits_resnet", "digits_mobile", "digits_vit")
 TARGETS = (VNNI, "onnxruntime-cpu-x86_64-avx2", "generic-int8")

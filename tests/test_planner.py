@@ -17,7 +17,7 @@ from lcpaq_onnx.errors import BudgetError, LcpaqError, UsageError
 from lcpaq_onnx.formats import LayerFormat
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.numeric.rounding import round_nearest
-from lcpaq_onnx.planning.formulate import Allowed
+from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.tables import Measurements
 

@@ -16,7 +16,7 @@ from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
 from lcpaq_onnx.passes import QUANTIZE, raise_to
 from lcpaq_onnx.planning.bench import Bench, Settings, SourceModel
-from lcpaq_onnx.planning.formulate import Allowed
+from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.strategy import (
     DEFAULT_AGREEMENT,

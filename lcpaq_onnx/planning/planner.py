@@ -25,7 +25,8 @@ from lcpaq_onnx.passes import (
     explicit_movers,
     raise_to,
 )
-from lcpaq_onnx.planning.formulate import Allowed, Formulation
+from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.formulate import Formulation
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.plan_writer import PlanRequest, write_plan
 from lcpaq_onnx.tables import Measurements

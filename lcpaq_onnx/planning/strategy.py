@@ -10,7 +10,7 @@ from lcpaq_onnx.budget import Budget
 from lcpaq_onnx.errors import BudgetError
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.planning.bench import Bench
-from lcpaq_onnx.planning.formulate import Allowed
+from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.planner import NEGLIGIBLE_RELATIVE_ERROR, Planner, tolerated_error
 from lcpaq_onnx.targets.target import Target
