@@ -132,7 +132,10 @@ def test_quantize_prints_the_report_and_nothing_but_json_with_json(
     words = ("quantize", MODEL, "--calibration", DATA, *FEW, "-o", tmp_path / "o.onnx")
     text = call(capsys, *words)
     assert text.code == 0, text.err
-    assert (tmp_path / "o.report.txt").read_text(encoding="utf-8").rstrip() in text.out
+    # The file has wider tables; headline and promises are the same.
+    headline, _, _ = (tmp_path / "o.report.txt").read_text(encoding="utf-8").partition("\nLayers: ")
+    assert "Promised and measured" in headline
+    assert text.out.startswith(headline)
     assert text.err == ""
     document = call(capsys, *words, "--json")
     assert document.code == 0

@@ -37,6 +37,8 @@ exit codes: 0 done, 1 budget not met or a check of the written file failed (the 
 2 wrong usage, 3 bad model, data, target or file
 """
 
+_FILE_WIDTH = 220
+
 
 def add_to(commands: CommandGroup) -> None:
     parser = commands.add("quantize", "measure, plan, write and verify a quantized model", _EPILOG, command=_quantize)
@@ -85,11 +87,12 @@ def _quantize(args: argparse.Namespace, console: Console) -> int:
     report = result.report.model_copy(
         update={"emitted": result.report.emitted.model_copy(update={"name": paths.model.name})}
     )
-    report_json, text = report.to_json(), render_text(report)
+    # The file has room for whole reasons, a terminal often has not.
+    report_json, text = report.to_json(), render_text(report, _FILE_WIDTH)
     # The model comes last: where it stands, the files that explain it stand too.
     write_texts({paths.plan: result.plan.to_json(), paths.report: report_json, paths.report_text: text})
     result.save(paths.model)
-    console.result(f"{text.rstrip()}\n\nwrote {_names(paths.all)}", report_json)
+    console.result(f"{render_text(report).rstrip()}\n\nwrote {_names(paths.all)}", report_json)
     return report_exit_code(report, console)
 
 
