@@ -56,7 +56,7 @@ __all__ = [
 
 Model = graph_io.Source
 # Enough paired runs to tell 2 % at a millisecond a run; ``verify`` takes longer.
-_TIMING_S = 0.15
+_TIMING_S = 0.1
 DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
 
 

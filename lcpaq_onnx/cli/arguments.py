@@ -77,9 +77,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sensitivity-samples",
         type=count,
-        default=64,
         metavar="N",
-        help="samples that sensitivities are measured on (default: %(default)s)",
+        help="samples that sensitivities are measured on (default: as many, up to 80, as take about a minute)",
     )
     group.add_argument(
         "--range",

@@ -40,7 +40,7 @@ _MEASURED_BITS = (2, 4)
 # Multiply-accumulates of a sensitivity analysis that take about a minute on two cores. Counted, not timed: the choice
 # of samples must not depend on the machine.
 _AFFORDABLE_MACS = 2.5e12
-_SAMPLES = (16, 96)
+_SAMPLES = (16, 80)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SourceModel:
 @dataclass(frozen=True)
 class Settings:
     """How to measure. ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None:
-    as many, up to 96, as take about a minute; ``probes``: random directions per layer and sample.
+    as many, up to 80, as take about a minute; ``probes``: random directions per layer and sample.
     """
 
     loss: LossName | TeacherLoss = "auto"

@@ -168,6 +168,10 @@ class Planner:
         allowed = self._allowed.weight_bits
         return tuple(bits for bits in stored if allowed is None or bits in allowed)
 
+    def _allowed_activations(self) -> tuple[int, ...] | None:
+        allowed = self._allowed.activation_bits
+        return None if allowed is None else tuple(sorted(allowed))
+
     def _activation_widths(self) -> tuple[int, ...]:
         allowed = self._allowed.activation_bits
         return tuple(bits for bits in self._target.activations if allowed is None or bits in allowed)
@@ -187,7 +191,7 @@ class Planner:
             structure=analyses.get(GraphStructure),
             tensors=self._measurements.tensors,
             errors=self._measurements.errors,
-            costs=analyses.get(CostTables(self._widths())),
+            costs=analyses.get(CostTables(self._widths(), self._allowed_activations())),
             timeline=analyses.get(MemoryTimeline),
             target=self._target,
             allowed=self._allowed,

@@ -76,6 +76,8 @@ class CostTables(Analysis[CostTable]):
     name: ClassVar[str] = "cost-table"
     weight_bits: tuple[int, ...] | None = None
     """Stored widths to count; None: all that the target has."""
+    activation_bits: tuple[int, ...] | None = None
+    """Activation widths to count, 32 for float; None: all that the target has."""
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> CostTable:
         target = analyses.target
@@ -130,7 +132,7 @@ class CostTables(Analysis[CostTable]):
         for format in target.layer_formats(layer.op):
             if format.weight_bits is not None and format.weight_bits not in storage:
                 continue
-            if self.weight_bits is not None and format.weight_bits not in (None, *self.weight_bits):
+            if not self._counts(format):
                 continue
             executed = target.executed(layer.op, format)
             if executed == "int8" and target.weights.saturating_pairs and self._saturates(layer, node, format, target):
@@ -140,6 +142,12 @@ class CostTables(Analysis[CostTable]):
             size = sizes.layer_bytes(layer.name, stored_layer(layer, format, target, storage))
             costs[str(format)] = Cost(size, latency.latency_us, float(signature.macs * bits * bits), latency.source)
         return costs
+
+    def _counts(self, format: LayerFormat) -> bool:
+        if format.is_float:
+            return True
+        weight_fits = self.weight_bits is None or format.weight_bits in self.weight_bits
+        return weight_fits and (self.activation_bits is None or (format.activation_bits or 32) in self.activation_bits)
 
     def _saturates(self, layer: Layer, node: gs.Node, format: LayerFormat, target: Target) -> bool:
         """Whether the layer's integers in ``format`` can overflow the kernel's 16-bit sums; 7 bits never can."""
