@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 Model = graph_io.Source
-# Enough paired runs to tell 2 % at a millisecond a run; ``verify`` takes longer.
+# A first look, kept short beside the rest of the job; ``verify`` times ten times as long.
 _TIMING_S = 0.1
 DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from ortools.math_opt.python import mathopt  # type: ignore[import-untyped, unused-ignore] # ships no types
+    from ortools.math_opt.python import mathopt
 
 __all__ = ["SCALE", "FloatArray", "Milp", "Outcome", "Relaxation", "Rows", "SearchLimits", "relax", "solve"]
 
@@ -147,7 +147,7 @@ def relax(milp: Milp, seconds: float) -> Relaxation | None:
 
 
 def _model(milp: Milp, *, integers: int) -> mathopt.Model:
-    from ortools.math_opt import model_pb2  # type: ignore[import-untyped, unused-ignore] # ships no types
+    from ortools.math_opt import model_pb2
     from ortools.math_opt.python import mathopt
 
     count = len(milp.upper)
@@ -206,7 +206,7 @@ def _flush() -> None:
 
 def _parameters(limits: SearchLimits) -> mathopt.SolveParameters:
     from ortools.math_opt.python import mathopt
-    from ortools.math_opt.solvers import highs_pb2  # type: ignore[import-untyped, unused-ignore] # ships no types
+    from ortools.math_opt.solvers import highs_pb2
 
     highs = highs_pb2.HighsOptionsProto(
         string_options={"parallel": "off"},

@@ -78,7 +78,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--sensitivity-samples",
         type=count,
         metavar="N",
-        help="samples that sensitivities are measured on (default: as many, up to 80, as take about a minute)",
+        help="samples that sensitivities are measured on (default: 16 to 80, fewer the larger the model)",
     )
     group.add_argument(
         "--range",

@@ -37,8 +37,8 @@ MEASUREMENTS_SCHEMA = 1
 
 # Widths at which rounding is too coarse for second order.
 _MEASURED_BITS = (2, 4)
-# Multiply-accumulates of a sensitivity analysis that take about a minute on two cores. Counted, not timed: the choice
-# of samples must not depend on the machine.
+# Multiply-accumulates that a sensitivity analysis may take. Counted, not timed: the choice of samples must not depend on
+# the machine.
 _AFFORDABLE_MACS = 2.5e12
 _SAMPLES = (16, 80)
 
@@ -54,7 +54,7 @@ class SourceModel:
 @dataclass(frozen=True)
 class Settings:
     """How to measure. ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None:
-    as many, up to 80, as take about a minute; ``probes``: random directions per layer and sample.
+    16 to 80, fewer the larger the model; ``probes``: random directions per layer and sample.
     """
 
     loss: LossName | TeacherLoss = "auto"
