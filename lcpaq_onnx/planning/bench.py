@@ -37,8 +37,8 @@ MEASUREMENTS_SCHEMA = 1
 
 # Widths at which rounding is too coarse for second order.
 _MEASURED_BITS = (2, 4)
-# Multiply-accumulates that a sensitivity analysis may take. Counted, not timed: the choice of samples must not depend on
-# the machine.
+# Multiply-accumulates that a sensitivity analysis may take. Counted, not timed: the choice of samples must not depend
+# on the machine.
 _AFFORDABLE_MACS = 2.5e12
 _SAMPLES = (16, 80)
 
