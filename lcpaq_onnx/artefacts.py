@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from lcpaq_onnx.errors import LcpaqError, UsageError
 from lcpaq_onnx.graph.saving import Writer, write_files
+from lcpaq_onnx.planning.measurements_json import measurements_from, measurements_json
 from lcpaq_onnx.tables import Measurements
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
 
 SCHEMA = 1
 """Version of the measurements' JSON that this lcpaq reads and writes."""
-
-_ADAPTER = TypeAdapter(Measurements)
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,6 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise LcpaqError(f"cannot read {os.fspath(path)}: {error.strerror}", hint="check the path") from error
 
 
-def measurements_json(measurements: Measurements) -> str:
-    """JSON of ``measurements``: stable, indented, ends in a newline."""
-    return json.dumps(_ADAPTER.dump_python(measurements, mode="json"), indent=1, ensure_ascii=False) + "\n"
-
-
 def write_measurements(measurements: Measurements, path: str | os.PathLike[str]) -> None:
     """Write an ``.analysis.json`` file, atomically. Raises LcpaqError when it cannot be written."""
     write_texts({Path(path): measurements_json(measurements)})
@@ -122,7 +116,7 @@ def read_measurements(path: str | os.PathLike[str]) -> Measurements:
     if schema != SCHEMA:
         raise UsageError(f"{name} has analysis schema {schema!r}, this lcpaq reads {SCHEMA}", hint=again)
     try:
-        return _ADAPTER.validate_python(data)
+        return measurements_from(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,18 @@ from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.manager.analysis import Progress, SilentProgress
 from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
-from lcpaq_onnx.passes import PREPARE, QUANTIZE, raise_to
-from lcpaq_onnx.planning.bench import Bench, Settings, SourceModel
+from lcpaq_onnx.passes import QUANTIZE, raise_to
+from lcpaq_onnx.planning.bench import Bench, Settings
 from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.opening import open_bench, open_data, prepare
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.planner import Planner
+from lcpaq_onnx.planning.refinement import full_analysis
+from lcpaq_onnx.planning.stored_analysis import analysis_key, remembered
 from lcpaq_onnx.planning.strategy import Goal, Outcome, plan_for, search_plan
-from lcpaq_onnx.runtime.calibration import CalibrationData, Source, open_calibration
-from lcpaq_onnx.runtime.session import Session, SessionOptions
+from lcpaq_onnx.runtime.calibration import Source, open_calibration
+from lcpaq_onnx.runtime.declared import declared_inputs
+from lcpaq_onnx.runtime.resources import Execution
 from lcpaq_onnx.tables import Measurements
 from lcpaq_onnx.targets.loader import load as load_target
 from lcpaq_onnx.targets.target import Target
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_TARGET",
+    "Execution",
     "Model",
     "Quantized",
     "Settings",
@@ -89,12 +94,14 @@ def quantize(
     activations: Sequence[int] | None = None,
     samples: int | None = None,
     settings: Settings = Settings(),  # noqa: B008 - a frozen value
+    execution: Execution = Execution(),  # noqa: B008 - a frozen value
     progress: Progress | None = None,
 ) -> Quantized:
     """Quantize ``model`` for ``target`` within ``budget``.
 
     ``calibration``: a path (``.npz``, folder, image spec) or any iterable of feeds. ``budget``: texts such as
     ``size<=0.16x``. ``weights``, ``activations``: widths the planner may use. ``samples``: how many of the data.
+    ``execution``: workers, memory and the store of measured results; it does not change the answer.
 
     Without a budget: the fastest plan whose error, measured on the calibration data, stays within 1 % of the output's
     scale with 99 % of the decisions kept. With an error budget: the fastest, then smallest plan within it. With other
@@ -104,20 +111,24 @@ def quantize(
     """
     loaded = _target(target)
     source = graph_io.load(model)
-    bench = _bench(source, calibration, samples, settings, progress)
     goal = Goal(_budgets(budget), objective, allowed_formats(weights, activations))
     _check_widths(goal.allowed, loaded)
-    outcome = search_plan(bench.graph, bench, loaded, goal, _emit)
-    report = _prove(model, outcome, bench, loaded)
-    if goal.is_default and activations is None and _is_slower(report):
-        in_float = Goal((), None, allowed_formats(weights, [32]))
-        outcome = search_plan(bench.graph, bench, loaded, in_float, _emit)
-        slower = (
-            f"integer execution measured {1 / _speedup(report):.2f}x the float time; weights are stored small instead"
-        )
-        report = _prove(model, outcome, bench, loaded)
-        report = report.model_copy(update={"warnings": (*report.warnings, slower)})
+    with execution.resources() as resources:
+        bench = open_bench(source, calibration, samples, settings, progress, resources)
+        outcome, report = _search(model, bench, loaded, goal)
     return Quantized(outcome.graph, outcome.plan, report)
+
+
+def _search(model: Model, bench: Bench, target: Target, goal: Goal) -> tuple[Outcome, Report]:
+    outcome = search_plan(bench.graph, bench, target, goal, _emit)
+    report = _prove(model, outcome, bench, target)
+    if not goal.is_default or goal.allowed.activation_bits is not None or not _is_slower(report):
+        return outcome, report
+    allowed = replace(goal.allowed, activation_bits=frozenset({32}))
+    outcome = search_plan(bench.graph, bench, target, replace(goal, allowed=allowed), _emit)
+    slower = f"integer execution measured {1 / _speedup(report):.2f}x the float time; weights are stored small instead"
+    report = _prove(model, outcome, bench, target)
+    return outcome, report.model_copy(update={"warnings": (*report.warnings, slower)})
 
 
 def analyze(
@@ -126,13 +137,27 @@ def analyze(
     *,
     samples: int | None = None,
     settings: Settings = Settings(),  # noqa: B008 - a frozen value
+    execution: Execution = Execution(),  # noqa: B008 - a frozen value
     progress: Progress | None = None,
 ) -> Measurements:
     """Measure ranges, Hessian diagonals and the error table: all that ``allocate`` needs, for any target and budget.
 
-    Raises LcpaqError for a bad model or data.
+    With a cache folder in ``execution``, what was analysed once is taken from there, without loading or running the
+    model: for the same model, data, settings, providers and code. Raises LcpaqError for a bad model or data.
     """
-    return _bench(graph_io.load(model), calibration, samples, settings, progress).everything()
+    source = graph_io.load(model)
+    with execution.resources(_name(model, source)) as resources:
+
+        def measured(data: Source, samples: int | None) -> Measurements:
+            return full_analysis(open_bench(source, data, samples, settings, progress, resources))
+
+        if execution.cache is None:
+            return measured(calibration, samples)
+        data = open_calibration(calibration, declared_inputs(source), samples=samples)
+        key = analysis_key(graph_io.content_sha256(source), data, settings, resources)
+        if key is None:
+            return measured(data, None)
+        return remembered(key, data, resources, progress or SilentProgress(), lambda: measured(data, None))
 
 
 def allocate(
@@ -191,15 +216,10 @@ def verify(
 ) -> Report:
     """Check an emitted file against its plan and the float model, and time both."""
     source = graph_io.load(model)
-    data = _open(source, calibration, samples)
+    data = open_data(source, calibration, samples)
     return verify_file(
         _original(model), Path(emitted), data, plan=plan, target=load_target(plan.target), loss=settings.loss
     )
-
-
-def prepare(source: Graph) -> Graph:
-    """A copy of ``source`` in which weights are exposed and batch norms folded; computes the same."""
-    return run_pipeline(PREPARE, PassContext.of(source)).graph
 
 
 def allowed_formats(weights: Sequence[int] | None, activations: Sequence[int] | None) -> Allowed:
@@ -232,7 +252,12 @@ def _speedup(report: Report) -> float:
 
 def _prove(model: Model, outcome: Outcome, bench: Bench, target: Target) -> Report:
     """Verify what ``quantize`` emitted; its error is measured already."""
-    known = Known(measured=outcome.measured, reference=bench.reference, loss_name=bench.loss_name)
+    known = Known(
+        measured=outcome.measured,
+        reference=bench.reference,
+        loss_name=bench.loss_name,
+        sensitivity=outcome.sensitivity,
+    )
     with tempfile.TemporaryDirectory(prefix="lcpaq-") as folder:
         path = Path(folder) / "model.onnx"
         graph_io.save(outcome.graph, path)
@@ -242,26 +267,17 @@ def _prove(model: Model, outcome: Outcome, bench: Bench, target: Target) -> Repo
         )
 
 
-def _bench(
-    source: Graph, calibration: Source, samples: int | None, settings: Settings, progress: Progress | None
-) -> Bench:
-    data = _open(source, calibration, samples)
-    identity = SourceModel(graph_io.content_sha256(source), graph_io.serialized_size(source))
-    return Bench(prepare(source), identity, data, settings, progress or SilentProgress())
-
-
-def _open(source: Graph, calibration: Source, samples: int | None) -> CalibrationData:
-    """Data for the model's inputs. Loading the model here also tells early when it cannot run."""
-    session = Session(graph_io.to_proto(source), SessionOptions("basic"), base_dir=source.base_dir)
-    return open_calibration(calibration, session.inputs, samples=samples)
-
-
 def _planner(model: Model, measurements: Measurements, target: str | Target, allowed: Allowed) -> Planner:
     source = graph_io.load(model)
     _check_source(source, measurements.source_sha256, "analysis")
     loaded = _target(target)
     _check_widths(allowed, loaded)
     return Planner(prepare(source), measurements, loaded, allowed)
+
+
+def _name(model: Model, source: Graph) -> str:
+    """What a person calls the model."""
+    return Path(model).name if isinstance(model, (str, os.PathLike)) else source.name or "model"
 
 
 def _original(model: Model) -> Path | ModelProto:

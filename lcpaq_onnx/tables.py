@@ -8,6 +8,7 @@ import numpy as np
 
 __all__ = [
     "ActivationRange",
+    "Audit",
     "Cost",
     "CostTable",
     "ErrorEntry",
@@ -16,6 +17,7 @@ __all__ = [
     "LiveStep",
     "Measurements",
     "RecordedTensor",
+    "Sensitivity",
 ]
 
 
@@ -130,6 +132,35 @@ class LiveStep:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """The error table against the truth: losses of random plans (stored widths drawn at random, activations in float),
+    ``predicted`` by the table and ``measured`` whole on ``samples`` samples; Spearman's rank correlation of the two with
+    its 95 % confidence interval.
+    """
+
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    rank_correlation: float
+    low: float
+    high: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How the error table was made. ``estimator``: in effect. ``measured_entries``: of ``entries`` layer × width.
+    ``note``: why another estimator than the one asked for was used; empty where it was not.
+    """
+
+    estimator: str
+    samples: int
+    measured_entries: int
+    entries: int
+    audit: Audit | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Measurements:
     """Everything measured on the model with calibration data: enough to plan for any target and budget."""
 
@@ -143,3 +174,4 @@ class Measurements:
     ranges: dict[str, ActivationRange]
     hessian: dict[str, HessianDiagonal]
     errors: ErrorTable
+    sensitivity: Sensitivity | None = None

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .analysis.activation_ranges import ActivationRanges
+    from .analysis.audit import RandomPlans, audit
     from .analysis.batch_size import BatchSize
     from .analysis.calibration_run import CalibrationRun
     from .analysis.cost_table import CostTables, SizeModels, explicit_movers
-    from .analysis.error_table import ErrorTables
+    from .analysis.error_table import WEIGHT_BITS, ErrorTables
     from .analysis.graph_structure import GraphStructure
     from .analysis.hessian_diagonals import HessianDiagonals
     from .analysis.memory_timeline import MemoryTimeline
+    from .analysis.output_changes import OutputChanges
     from .analysis.recorded_tensors import RecordedTensors
-    from .analysis.suffixes import teacher_of
+    from .analysis.reliability import Reliability
+    from .analysis.rounding_errors import WeightEntry
+    from .analysis.teacher import teacher_of
     from .pipelines import PREPARE, QUANTIZE, raise_to
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "BUILTIN_PASSES",
     "PREPARE",
     "QUANTIZE",
+    "WEIGHT_BITS",
     "ActivationRanges",
     "BatchSize",
     "CalibrationRun",
@@ -34,8 +39,13 @@ __all__ = [
     "GraphStructure",
     "HessianDiagonals",
     "MemoryTimeline",
+    "OutputChanges",
+    "RandomPlans",
     "RecordedTensors",
+    "Reliability",
     "SizeModels",
+    "WeightEntry",
+    "audit",
     "explicit_movers",
     "raise_to",
     "teacher_of",
@@ -67,16 +77,22 @@ BUILTIN_ANALYSES: dict[str, str] = {
     "hessian-diagonals": "lcpaq_onnx.passes.analysis.hessian_diagonals:HessianDiagonals",
     "memory-timeline": "lcpaq_onnx.passes.analysis.memory_timeline:MemoryTimeline",
     "recorded-tensors": "lcpaq_onnx.passes.analysis.recorded_tensors:RecordedTensors",
+    "output-changes": "lcpaq_onnx.passes.analysis.output_changes:OutputChanges",
+    "random-plans": "lcpaq_onnx.passes.analysis.audit:RandomPlans",
+    "reliability": "lcpaq_onnx.passes.analysis.reliability:Reliability",
     "rounding-errors": "lcpaq_onnx.passes.analysis.rounding_errors:RoundingErrors",
     "size-model": "lcpaq_onnx.passes.analysis.cost_table:SizeModels",
 }
 
 _ELSEWHERE = {
+    "WEIGHT_BITS": ".analysis.error_table",
+    "audit": ".analysis.audit",
+    "WeightEntry": ".analysis.rounding_errors",
     "explicit_movers": ".analysis.cost_table",
     "PREPARE": ".pipelines",
     "QUANTIZE": ".pipelines",
     "raise_to": ".pipelines",
-    "teacher_of": ".analysis.suffixes",
+    "teacher_of": ".analysis.teacher",
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper, parser
 
+from lcpaq_onnx.errors import ModelError
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
 from lcpaq_onnx.numeric.losses import LossName
@@ -15,7 +16,7 @@ from lcpaq_onnx.runtime.calibration import open_calibration
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.targets.loader import load as load_target
 
-__all__ = ["analyses_of", "model_of", "singles"]
+__all__ = ["Feed", "analyses_of", "model_of", "refusing_loss", "singles"]
 
 Feed = dict[str, np.ndarray]
 
@@ -30,6 +31,11 @@ def model_of(text: str, constants: Mapping[str, np.ndarray], *, opset: int = 21)
 def singles(name: str, values: np.ndarray) -> list[Feed]:
     """One feed for each sample of ``values``."""
     return [{name: values[index : index + 1]} for index in range(len(values))]
+
+
+def refusing_loss(teacher: Feed, changed: Feed) -> np.ndarray:
+    """A loss that does not like any outputs. Here, where a process that only runs it need not import a test."""
+    raise ModelError("these outputs make no sense", hint="give others")
 
 
 def analyses_of(

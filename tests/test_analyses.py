@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,11 +11,11 @@ import onnx
 import pytest
 from analysing import Feed, analyses_of, model_of, singles
 
-from lcpaq_onnx.errors import CalibrationError, TargetError
+from lcpaq_onnx.errors import CalibrationError, PassError, TargetError
 from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
-from lcpaq_onnx.numeric.losses import relative_squared_error, teacher_loss
+from lcpaq_onnx.numeric.losses import KullbackLeibler, LossName, fitting_loss, relative_squared_error, teacher_loss
 from lcpaq_onnx.numeric.rounding import activation_parameters, fake_quantize, round_nearest
 from lcpaq_onnx.passes import (
     ActivationRanges,
@@ -26,7 +28,7 @@ from lcpaq_onnx.passes import (
     RecordedTensors,
 )
 from lcpaq_onnx.passes.analysis.activation_errors import ActivationErrors
-from lcpaq_onnx.passes.analysis.rounding_errors import RoundingErrors
+from lcpaq_onnx.passes.analysis.rounding_errors import RoundingErrors, every_entry
 from lcpaq_onnx.runtime.session import Session
 
 RNG = np.random.default_rng(0)
@@ -185,9 +187,14 @@ WEIGHTS = {
 }
 
 
+@functools.cache
+def network_with(loss: LossName) -> AnalysisManager:
+    return analyses_of(model_of(NETWORK, WEIGHTS), singles("x", X), loss=loss)
+
+
 @pytest.fixture(scope="module")
 def network() -> AnalysisManager:
-    return analyses_of(model_of(NETWORK, WEIGHTS), singles("x", X))
+    return network_with("auto")
 
 
 def run(feed: Feed, **changed: np.ndarray) -> dict[str, np.ndarray]:
@@ -205,8 +212,13 @@ def test_types_and_shapes_are_those_of_one_sample(network: AnalysisManager) -> N
 def test_calibration_sees_every_sample_once(network: AnalysisManager) -> None:
     statistics = network.get(CalibrationRun)
     assert statistics.samples == len(X)
-    assert statistics.loss == "kl-logits"
     y = run({"x": X})["y"]
+    fitting = fitting_loss([{"y": y}], statistics.output_scale)
+    assert isinstance(statistics.loss, KullbackLeibler)
+    assert isinstance(fitting, KullbackLeibler)
+    assert not statistics.loss.of_probabilities
+    # Logits differ in their last digit between batches, the temperature in its second decimal.
+    assert statistics.loss.temperature == pytest.approx(fitting.temperature, abs=0.011)
     assert statistics.histograms["y"].minimum == pytest.approx(y.min(), abs=1e-5)
     assert statistics.histograms["x"].maximum == X.max()
     assert statistics.output_scale.range["y"] == pytest.approx(np.ptp(y), rel=1e-5)
@@ -240,16 +252,33 @@ def test_without_data_or_target_the_error_says_what_to_give() -> None:
 # ---- errors ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("layer", "weight"), [("one", "w1"), ("two", "w2"), ("fc", "w3")])
 @pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("loss", ["auto", "kl-logits", "squared-error"])
 def test_rounding_errors_are_those_of_a_model_with_rounded_weights(
-    network: AnalysisManager, layer: str, weight: str, bits: int
+    layer: str, weight: str, bits: int, loss: LossName
 ) -> None:
-    entry = network.get(RoundingErrors((2, 4), 64))[layer][bits]
+    network = network_with(loss)
+    entry = network.get(RoundingErrors(every_entry(network, (2, 4)), 64))[layer, bits]
     rounded = round_nearest(WEIGHTS[weight], QFormat(bits=bits, axis=0)).dequantized()
     teacher, changed = run({"x": X}), run({"x": X}, **{weight: rounded})
     scale = network.get(CalibrationRun).output_scale
+    asked = network.get(CalibrationRun).loss if loss == "auto" else teacher_loss(loss, scale)
+    losses = asked(teacher, changed)
     # Sums in another order: 1e-6 of outputs of size 1, which the loss squares.
-    assert entry.loss == pytest.approx(teacher_loss("kl-logits", scale)(teacher, changed).mean(), rel=1e-3)
+    assert entry.loss == pytest.approx(losses.mean(), rel=1e-3)
+    assert entry.loss_stderr == pytest.approx(losses.std(ddof=1) / np.sqrt(len(X)), rel=1e-3)
     assert entry.squared_error == pytest.approx(relative_squared_error(teacher, changed, scale).mean(), rel=1e-3)
+
+
+def test_a_loss_that_fails_is_named_with_its_cause() -> None:
+    analyses = network_with("auto")
+
+    def broken(teacher: Feed, changed: Feed) -> np.ndarray:
+        raise ValueError("no such output")
+
+    inputs = replace(analyses.inputs, loss=broken)  # type: ignore[arg-type]
+    entries = every_entry(analyses, (4,))
+    with pytest.raises(PassError, match="analysis rounding-errors failed: ValueError: no such output"):
+        AnalysisManager(analyses.graph, inputs).get(RoundingErrors(entries, 8))
 
 
 def test_activation_errors_are_those_of_quantizing_that_tensor_alone(network: AnalysisManager) -> None:
@@ -273,8 +302,12 @@ def test_activation_errors_are_those_of_quantizing_that_tensor_alone(network: An
     assert entry.squared_error == pytest.approx(relative_squared_error(teacher, changed, scale).mean(), rel=0.02)
 
 
-def test_error_tables_never_grow_with_bits_and_keep_measured_levels(network: AnalysisManager) -> None:
-    table = network.get(ErrorTables(samples=64))
+@pytest.mark.parametrize("bits", [(), (2, 4), (2, 3, 4, 5, 6, 7, 8)])
+def test_error_tables_never_grow_with_bits_and_keep_measured_levels(
+    network: AnalysisManager, bits: tuple[int, ...]
+) -> None:
+    asked = every_entry(network, bits)
+    table = network.get(ErrorTables(asked, samples=64))
     assert set(table.layers) == {"one", "two", "fc"}
     for entries in (*table.layers.values(), *table.activations.values()):
         by_width = [entries[bits] for bits in sorted(entries)]
@@ -284,6 +317,12 @@ def test_error_tables_never_grow_with_bits_and_keep_measured_levels(network: Ana
     # Each bit halves the step, so errors fall about fourfold; a factor of two either way for the shape of the weights.
     for name, entries in table.layers.items():
         assert 2**2 < entries[6].squared_error / entries[8].squared_error < 2**7, name
+    measured = network.get(RoundingErrors(asked, 64))
+    for name, width in measured:
+        # A width that happens to lose less than a wider one is raised to it.
+        level = max(entry.loss for (other, wider), entry in measured.items() if other == name and wider >= width)
+        # What twelve samples show is steadied by the other widths and layers, not replaced.
+        assert table.layers[name][width].loss == pytest.approx(level, rel=0.25)
 
 
 @pytest.mark.parametrize("bits", [5, 6])

@@ -10,7 +10,8 @@ from analysing import analyses_of, model_of, singles
 from scipy import special
 
 from lcpaq_onnx.formats import QFormat
-from lcpaq_onnx.numeric.hutchinson import LayerProbe, channel_rows
+from lcpaq_onnx.numeric.directions import BlockSigns, Signs
+from lcpaq_onnx.numeric.hutchinson import LayerProbe, ProbeLosses, channel_rows
 from lcpaq_onnx.numeric.rounding import round_nearest
 from lcpaq_onnx.passes import HessianDiagonals
 from lcpaq_onnx.tables import HessianDiagonal
@@ -84,7 +85,7 @@ def test_a_linear_softmax_model_has_its_closed_form(op: str) -> None:
     }[op]
     stored = np.ascontiguousarray(weight.T) if op == "GemmT" else weight
     model = model_of(f"g (float[n, 12] x) => (float[n, 5] y) {{ {body} }}", {"w": stored, "b": bias})
-    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES))["fc"]
+    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES, PROBES))["fc"]
     exact = linear_diagonal(x, weight, bias)
     assert found.samples == SAMPLES
     assert_matches(found, exact.T if op == "GemmT" else exact, 0 if op == "GemmT" else 1)
@@ -93,7 +94,7 @@ def test_a_linear_softmax_model_has_its_closed_form(op: str) -> None:
 def test_second_order_predicts_the_loss_of_a_small_change() -> None:
     x, weight, bias = linear_case(3)
     model = model_of("g (float[n, 12] x) => (float[n, 5] y) { [fc] y = Gemm(x, w, b) }", {"w": weight, "b": bias})
-    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES))["fc"]
+    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES, PROBES))["fc"]
     rounded = round_nearest(weight, QFormat(bits=6, axis=1)).dequantized()
     predicted = 0.5 * np.asarray(found.channel_mean) @ ((rounded - weight).astype(np.float64) ** 2).sum(axis=0)
     p, q = (special.softmax(x.astype(np.float64) @ w.astype(np.float64) + bias, axis=1) for w in (weight, rounded))
@@ -119,9 +120,18 @@ def test_tokens_flattened_into_rows_share_their_samples_draw() -> None:
             "axes": np.array([1]),
         },
     )
-    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES))["fc"]
+    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES, PROBES))["fc"]
     exact = linear_diagonal(x.astype(np.float64).mean(axis=1), weight, np.zeros(5))
     assert found.trace == pytest.approx(exact.sum(), rel=TRACE_TOLERANCE)
+
+
+def test_a_sample_of_several_rows_moves_as_one() -> None:
+    """A model for three rows at once, no more and no less: each feed is one probe and three losses."""
+    x, weight, bias = linear_case(4)
+    model = model_of("g (float[3, 12] x) => (float[3, 5] y) { [fc] y = Gemm(x, w, b) }", {"w": weight, "b": bias})
+    feeds = [{"x": x[first : first + 3]} for first in range(0, SAMPLES, 3)]
+    found = analyses_of(model, feeds).get(HessianDiagonals(SAMPLES, PROBES, PROBES))["fc"]
+    assert_matches(found, linear_diagonal(x, weight, bias), 1)
 
 
 # ---- convolutions, by finite differences of the Jacobian -------------------------------------------------------------
@@ -164,7 +174,7 @@ def conv_case() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, HessianDia
         }""",
         weights,
     )
-    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES))
+    found = analyses_of(model, singles("x", x)).get(HessianDiagonals(SAMPLES, PROBES, PROBES))
     return x, weights, found
 
 
@@ -185,7 +195,7 @@ def test_more_probes_do_not_move_the_estimate_beyond_its_error() -> None:
     x, weight, bias = linear_case(2)
     model = model_of("g (float[n, 12] x) => (float[n, 5] y) { [fc] y = Gemm(x, w, b) }", {"w": weight, "b": bias})
     traces = [
-        analyses_of(model, singles("x", x), seed=seed).get(HessianDiagonals(SAMPLES, 1))["fc"] for seed in range(8)
+        analyses_of(model, singles("x", x), seed=seed).get(HessianDiagonals(SAMPLES, 1, 1))["fc"] for seed in range(8)
     ]
     exact = linear_diagonal(x, weight, bias).sum()
     errors = np.array([t.trace - exact for t in traces])
@@ -198,36 +208,62 @@ def test_more_probes_do_not_move_the_estimate_beyond_its_error() -> None:
 def test_the_same_seed_gives_the_same_figures() -> None:
     x, weight, bias = linear_case()
     model = model_of("g (float[n, 12] x) => (float[n, 5] y) { [fc] y = Gemm(x, w, b) }", {"w": weight, "b": bias})
-    first, again, other = (analyses_of(model, singles("x", x), seed=s).get(HessianDiagonals(32, 1)) for s in (0, 0, 1))
+    first, again, other = (
+        analyses_of(model, singles("x", x), seed=s).get(HessianDiagonals(32, 1, 1)) for s in (0, 0, 1)
+    )
     assert first == again
     assert first != other
 
 
 # ---- the probe itself ------------------------------------------------------------------------------------------------
+def generators(count: int) -> list[np.random.Generator]:
+    return [np.random.default_rng((1, number)) for number in range(count)]
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_draws_are_signs_of_the_channels_amplitude(axis: int | None) -> None:
     weight = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
-    probe = LayerProbe(weight, axis, samples=64)
-    v = probe.whole(5, np.random.default_rng(1))
+    probe = LayerProbe(weight, axis)
+    v = probe.whole(generators(5))
     assert v.shape == (5, 6, 4, 3)
     rounded = round_nearest(weight, QFormat(bits=4, axis=axis)).dequantized()
+    expected = 0.25 * np.sqrt((channel_rows(rounded - weight, axis) ** 2).mean(axis=1))
     for draw in v:
         rows = channel_rows(draw, axis)
-        expected = 0.25 * np.sqrt((channel_rows(rounded - weight, axis) ** 2).mean(axis=1))
         np.testing.assert_allclose(np.abs(rows), np.broadcast_to(expected[:, None], rows.shape), rtol=1e-6)
+        assert probe.noise_power == pytest.approx((draw.astype(np.float64) ** 2).sum())
     assert len({draw.tobytes() for draw in v}) == 5
     assert abs(np.sign(v).mean()) < 4 / np.sqrt(v.size)
 
 
+@pytest.mark.parametrize("direction", [Signs(3, 1), BlockSigns(3, 1, 4)])
+def test_a_samples_draw_does_not_depend_on_what_is_drawn_besides(direction: Signs | BlockSigns) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    probe = LayerProbe(weight, 0)
+    together = direction.draws(probe, "fc", range(10))
+    apart = [direction.draws(probe, "fc", part) for part in (range(3), range(3, 4), range(4, 10))]
+    np.testing.assert_array_equal(together, np.concatenate(apart))
+    assert not np.array_equal(together, direction.draws(probe, "another layer", range(10)))
+
+
 def test_blocks_cover_every_channel_in_turn() -> None:
     weight = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
-    probe = LayerProbe(weight, 0, samples=64)
-    v, chosen = probe.blocks(12, np.random.default_rng(1))
-    assert chosen.tolist() == [0, 1, 2, 3, 4, 5] * 2
+    direction = BlockSigns(seed=1, index=0, count=6)
+    v = direction.draws(LayerProbe(weight, 0), "fc", range(12))
+    chosen = direction.chosen(range(12))
+    assert sorted(chosen[:6].tolist()) == sorted(chosen[6:].tolist()) == [0, 1, 2, 3, 4, 5]
     moved = np.abs(v).sum(axis=2) > 0
     assert (moved == (np.arange(6)[None] == chosen[:, None])).all()
-    # Twelve draws came out even: the next ones start one on, so that every sample meets every block in time.
-    assert probe.blocks(3, np.random.default_rng(1))[1].tolist() == [1, 2, 3]
+    # Probed again, a sample meets the next block: it meets every block in time.
+    met = [BlockSigns(seed=1, index=index, count=6).chosen(range(12)) for index in range(6)]
+    assert (np.sort(met, axis=0) == np.arange(6)[:, None]).all()
+
+
+@pytest.mark.parametrize("batch", [4, 16, 32])
+def test_batches_that_share_a_draw_meet_more_than_one_block(batch: int) -> None:
+    """Where a batch moves as one, its first sample chooses the block."""
+    firsts = range(0, 8 * batch, batch)
+    assert len(set(BlockSigns(seed=0, index=0, count=16).chosen(firsts).tolist())) >= 4
 
 
 def test_a_quadratic_loss_is_recovered() -> None:
@@ -235,14 +271,15 @@ def test_a_quadratic_loss_is_recovered() -> None:
     rng = np.random.default_rng(2)
     weight = rng.normal(size=(4, 50)).astype(np.float32)
     h = np.array([1.0, 10.0, 0.1, 3.0])[:, None] * rng.uniform(0.5, 1.5, size=(4, 50))
-    probe = LayerProbe(weight, 0, samples=256)
-    for _ in range(8):
-        draws = probe.whole(32, rng).astype(np.float64)
-        loss = 0.5 * (h * draws**2).sum(axis=(1, 2))
-        probe.add_whole(loss[None], 2 * loss[None])
-        blocks, chosen = probe.blocks(32, rng)
-        probe.add_blocks(chosen, 0.5 * (h * blocks.astype(np.float64) ** 2).sum(axis=(1, 2)))
-    found = probe.estimate()
+    probe = LayerProbe(weight, 0)
+    samples = range(256)
+    whole = Signs(0, 0).draws(probe, "fc", samples).astype(np.float64)
+    blocks = BlockSigns(0, 0, 4)
+    block = blocks.draws(probe, "fc", samples).astype(np.float64)
+    loss = 0.5 * (h * whole**2).sum(axis=(1, 2))
+    block_loss = 0.5 * (h * block**2).sum(axis=(1, 2))
+    losses = ProbeLosses(loss[None], 2 * loss[None], block_loss[None], blocks.chosen(samples)[None])
+    found = probe.diagonal(losses, 4)
     # Signs do not matter to a diagonal form, so nothing is random.
     np.testing.assert_allclose(found.channel_mean, h.mean(axis=1), rtol=1e-5)
     assert found.trace == pytest.approx(h.sum(), rel=1e-5)
@@ -250,11 +287,22 @@ def test_a_quadratic_loss_is_recovered() -> None:
     assert found.trace_stderr < 1e-5 * found.trace
 
 
+def test_without_block_probes_channels_share_evenly() -> None:
+    """What rounding at one width costs is then shared by the amplitudes alone."""
+    rng = np.random.default_rng(2)
+    weight = (rng.normal(size=(3, 50)) * np.array([[0.1], [1.0], [3.0]])).astype(np.float32)
+    probe = LayerProbe(weight, 0)
+    none = ProbeLosses(np.full((1, 8), 0.5), np.full((1, 8), 1.0), np.zeros((0, 8)), np.zeros((0, 8), np.intp))
+    found = probe.diagonal(none, 3)
+    per_channel = np.asarray(found.channel_mean) * 50 * probe.amplitude.astype(np.float64) ** 2 / 2
+    np.testing.assert_allclose(per_channel, 0.5 / 3, rtol=1e-5)
+    assert found.trace_stderr == 0
+
+
 def test_zero_weights_give_zeros_and_no_warning() -> None:
-    probe = LayerProbe(np.zeros((3, 4), np.float32), 0, samples=8)
-    v = probe.whole(2, np.random.default_rng(0))
+    probe = LayerProbe(np.zeros((3, 4), np.float32), 0)
+    v = probe.whole(generators(2))
     assert not v.any()
-    probe.add_whole(np.zeros((1, 2)), np.zeros((1, 2)))
-    probe.add_blocks(probe.blocks(2, np.random.default_rng(0))[1], np.zeros(2))
-    found = probe.estimate()
+    losses = ProbeLosses(np.zeros((1, 2)), np.zeros((1, 2)), np.zeros((1, 2)), np.array([[0, 1]]))
+    found = probe.diagonal(losses, 3)
     assert (found.trace, found.relative_stderr, set(found.channel_mean)) == (0.0, 0.0, {0.0})

@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "numeric",
             "provenance",
             "signature",
+            "store",
             "tables",
         }
     ),

@@ -8,11 +8,16 @@ from scipy import special, stats
 
 from lcpaq_onnx.errors import UsageError
 from lcpaq_onnx.numeric.losses import (
+    BuiltinLoss,
+    KullbackLeibler,
     OutputScale,
     OutputScaleStream,
+    SquaredError,
     agreement,
     choose_loss,
+    fitting_loss,
     relative_squared_error,
+    softening_temperature,
     teacher_loss,
 )
 
@@ -164,3 +169,85 @@ def test_no_outputs_seen_gives_the_general_loss() -> None:
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(UsageError, match="'mse' is not known"):
         teacher_loss("mse", UNIT)  # type: ignore[arg-type]
+
+
+# ---- softened teachers ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("of_probabilities", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_softened_kl_is_that_of_softened_distributions(of_probabilities: bool, temperature: float) -> None:
+    teacher, changed = logits(0, 9, 5).astype(np.float64), logits(1, 9, 5).astype(np.float64)
+    p, q = (special.softmax(z / temperature, axis=1) for z in (teacher, changed))
+    given = [{"y": special.softmax(z, axis=1) if of_probabilities else z} for z in (teacher, changed)]
+    found = KullbackLeibler(of_probabilities, temperature)(*given)
+    # Both are float64; the log of a softmax takes a few digits.
+    np.testing.assert_allclose(found, temperature**2 * special.rel_entr(p, q).sum(axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kl-logits", "kl-probabilities"])
+def test_a_teacher_that_is_too_sure_is_softened_to_the_stated_confidence(name: str) -> None:
+    rows = logits(2, 200, 10).astype(np.float64) / 4
+    rows[np.arange(200), np.arange(200) % 10] += 8
+    outputs = {"y": special.softmax(rows, axis=1) if name == "kl-probabilities" else rows}
+    temperature = softening_temperature([outputs, outputs], name)  # type: ignore[arg-type]
+    assert special.softmax(rows, axis=1).max(axis=1).mean() > 0.95
+    assert 1 < temperature < 20
+    # At most that; a hundredth of the temperature is two thousandths of the confidence here.
+    assert 0.948 < special.softmax(rows / temperature, axis=1).max(axis=1).mean() <= 0.95
+    assert fitting_loss([outputs], UNIT) == KullbackLeibler(name == "kl-probabilities", temperature)
+
+
+def test_an_undecided_teacher_keeps_its_temperature_and_an_absurd_one_stops_at_twenty() -> None:
+    assert softening_temperature([{"y": logits(0, 50, 10) / np.float32(8)}], "kl-logits") == 1.0
+    assert softening_temperature([{"y": 1e6 * logits(0, 50, 10)}], "kl-logits") == 20.0
+    assert str(fitting_loss([{"y": logits(0, 50, 10) / np.float32(8)}], UNIT)) == "kl-logits"
+    assert str(fitting_loss([{"y": 1e6 * logits(0, 50, 10)}], UNIT)) == "kl-logits at temperature 20"
+
+
+def test_what_fits_an_image_is_squared_error() -> None:
+    assert fitting_loss([{"y": logits(0, 4, 3, 8, 8)}], UNIT) == SquaredError((("y", 1.0),))
+
+
+# ---- embeddings -----------------------------------------------------------------------------------------------------
+LOSSES = {
+    "logits": KullbackLeibler(),
+    "softened": KullbackLeibler(temperature=3.0),
+    "probabilities": KullbackLeibler(of_probabilities=True),
+    "squared error": SquaredError((("a", 4.0), ("y", 2.0))),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_an_embeddings_square_is_the_loss_of_a_small_change(name: str) -> None:
+    loss = LOSSES[name]
+    assert isinstance(loss, BuiltinLoss)
+    rng = np.random.default_rng(0)
+
+    def outputs(a: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+        return (
+            {"a": special.softmax(a, -1), "y": special.softmax(y, -1)} if name == "probabilities" else {"a": a, "y": y}
+        )
+
+    a, y = rng.normal(size=(7, 3, 5)), rng.normal(size=(7, 4))
+    da, dy = 1e-3 * rng.normal(size=(7, 3, 5)), 1e-3 * rng.normal(size=(7, 4))
+    teacher, changed = outputs(a, y), outputs(a + da, y + dy)
+    rows = loss.embed(teacher, changed)
+    # The next order is a thousandth of the second at changes of a thousandth.
+    np.testing.assert_allclose(0.5 * (rows**2).sum(axis=1), loss(teacher, changed), rtol=5e-3)
+    # Rows of changes add up where the changes do; probabilities are curved, so to first order there.
+    both = loss.embed(teacher, outputs(a + 2 * da, y + 2 * dy))
+    np.testing.assert_allclose(both, 2 * rows, rtol=1e-6 if name != "probabilities" else 5e-3, atol=1e-8)
+
+
+def test_an_output_without_samples_is_in_the_embedding_of_every_sample() -> None:
+    loss = SquaredError((("a", 1.0), ("b", 1.0)))
+    teacher = {"a": np.zeros((3, 2)), "b": np.zeros(())}
+    rows = loss.embed(teacher, {"a": np.ones((3, 2)), "b": np.array(2.0)})
+    assert rows.shape == (3, 3)
+    np.testing.assert_allclose(0.5 * (rows**2).sum(axis=1), [5.0] * 3)
+
+
+def test_losses_are_values() -> None:
+    assert KullbackLeibler(False, 2.0) == KullbackLeibler(False, 2.0)
+    assert repr(KullbackLeibler(False, 2.0)) != repr(KullbackLeibler(False, 2.1))
+    assert len({SquaredError((("y", 1.0),)), SquaredError((("y", 1.0),)), KullbackLeibler()}) == 2
+    assert [loss.decides for loss in LOSSES.values()] == [True, True, True, False]

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from lcpaq_onnx.allocation.infeasible import explain_infeasible
 from lcpaq_onnx.allocation.optimum import Caps, Effort, Goal, Optimum, minimise
 from lcpaq_onnx.allocation.problem import AllocationProblem, Column, Totals
@@ -20,7 +23,17 @@ from lcpaq_onnx.allocation.shadow_prices import ShadowPrice, shadow_prices
 from lcpaq_onnx.budget import Budget, check_distinct
 from lcpaq_onnx.errors import BudgetError, UsageError
 
-__all__ = ["OBJECTIVE_COLUMNS", "Allocation", "Objective", "allocate", "effort_for", "optimise"]
+__all__ = [
+    "OBJECTIVE_COLUMNS",
+    "Allocation",
+    "Choice",
+    "Objective",
+    "allocate",
+    "choose",
+    "effort_for",
+    "optimise",
+    "priced",
+]
 
 Objective = Literal["error", "latency", "size"]
 OBJECTIVE_COLUMNS: dict[Objective, Column] = {"error": "loss", "latency": "latency_us", "size": "size_bytes"}
@@ -49,6 +62,16 @@ class Allocation:
     solver_seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """An allocation without prices, its programme, the optimum of its first goal, and what is left of the effort."""
+
+    programme: Programme
+    allocation: Allocation
+    first: Optimum
+    effort: Effort
+
+
 def allocate(
     problem: AllocationProblem,
     budgets: Sequence[Budget] = (),
@@ -66,21 +89,33 @@ def allocate(
     when nothing was found in time; UsageError on two budgets for one dimension, a budget the problem cannot measure,
     or an unknown or repeated objective.
     """
+    effort = effort_for(problem, time_limit_s)
+    return priced(choose(build_programme(problem), budgets, objective, effort), budgets, objective)
+
+
+def choose(programme: Programme, budgets: Sequence[Budget], objective: tuple[Objective, ...], effort: Effort) -> Choice:
+    """``allocate`` up to the prices; raises as it does."""
     started = time.perf_counter()
     check_distinct(budgets)
     if not objective or len(set(objective)) < len(objective) or not set(objective) <= set(get_args(Objective)):
         known = ", ".join(get_args(Objective))
         raise UsageError(f"objective {', '.join(objective) or '(none)'}", hint=f"name each of {known} at most once")
+    problem = programme.problem
     caps = dict(problem.cap(budget) for budget in budgets)
     goals = tuple(OBJECTIVE_COLUMNS[name] for name in objective)
-    effort = effort_for(problem, time_limit_s)
-    programme = build_programme(problem)
     found = optimise(programme, goals, caps, effort)
     if found is None:
-        raise explain_infeasible(programme, budgets, replace(effort, deadline=time.perf_counter() + time_limit_s))
-    allocation, first = found
-    prices = shadow_prices(programme, budgets, goals[0], first, effort)
-    return replace(allocation, shadow_prices=prices, solver_seconds=time.perf_counter() - started)
+        allowed_s = effort.deadline - started
+        raise explain_infeasible(programme, budgets, replace(effort, deadline=time.perf_counter() + allowed_s))
+    return Choice(programme, *found, effort)
+
+
+def priced(choice: Choice, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Allocation:
+    """The allocation of ``choice`` with what a little more of each budget would buy."""
+    started = time.perf_counter()
+    prices = shadow_prices(choice.programme, budgets, OBJECTIVE_COLUMNS[objective[0]], choice.first, choice.effort)
+    seconds = choice.allocation.solver_seconds + time.perf_counter() - started
+    return replace(choice.allocation, shadow_prices=prices, solver_seconds=seconds)
 
 
 def effort_for(problem: AllocationProblem, seconds: float) -> Effort:
@@ -98,13 +133,16 @@ def optimise(
     if first is None:
         return None
     best, proved, fixed = first, first.proved, dict(caps)
+    # From here on only plans as good as the first are of interest.
+    closed = np.zeros(programme.width, bool) if first.relaxed is None else first.relaxed.worse_than(first.value)
+    closed &= programme.vector(first.assignment) != 1  # whatever the solver's tolerances say: it is as good as itself
     for column, goal in pairwise(goals):
         fixed[column] = min(fixed.get(column, best.value), best.value)
-        best = _again(programme, goal, fixed, effort, best)
+        best = _again(programme, goal, fixed, effort, best, closed)
         proved = proved and best.proved
     if len(programme.problem.decisions) <= _EXACT_DECISIONS:
         fixed[goals[-1]] = min(fixed.get(goals[-1], best.value), best.value)
-        best = _again(programme, "rank", fixed, replace(effort, nodes=_TIE_BREAK_NODES), best)
+        best = _again(programme, "rank", fixed, replace(effort, nodes=_TIE_BREAK_NODES), best, closed)
     gap = (first.value - first.bound) / first.value if first.value else 0.0
     return Allocation(
         assignment=best.assignment,
@@ -117,9 +155,16 @@ def optimise(
     ), first
 
 
-def _again(programme: Programme, goal: Goal, caps: Caps, effort: Effort, start: Optimum) -> Optimum:
+def _again(
+    programme: Programme,
+    goal: Goal,
+    caps: Caps,
+    effort: Effort,
+    start: Optimum,
+    closed: npt.NDArray[np.bool_],
+) -> Optimum:
     """Minimise the next goal from a plan that keeps ``caps``."""
-    found = minimise(programme, goal, caps, effort, start)
+    found = minimise(programme, goal, caps, effort, start, closed)
     if found is None:
         raise BudgetError("the solver lost a plan it had found", hint="relax the tightest budget a little")
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,9 @@ Goal = Literal["loss", "squared_error", "size_bytes", "latency_us", "bops", "pea
 LIMIT_SLACK = 1e-9
 """Caps on columns that are not whole bytes hold up to this relative rounding."""
 _ROUNDS = 20
+# What the solver's tolerances may add to a bound: of a known value, and beside SCALE (1e-7 for each decision).
+_BOUND_SLACK = 1e-6
+_DUAL_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,19 @@ class Effort:
         return SearchLimits(self.relative_gap, max(self.deadline - time.perf_counter(), 0.1), self.nodes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Relaxed:
-    """Optimum of the linear relaxation in the goal's unit, and its slope d(value)/d(cap) by capped column (<= 0)."""
+    """Optimum of the linear relaxation in the goal's unit, its slope d(value)/d(cap) by capped column (<= 0), and what
+    a variable of the programme surely adds to it (reduced costs).
+    """
 
     value: float
     slopes: dict[Column, float]
+    reduced_costs: FloatArray
+
+    def worse_than(self, value: float) -> npt.NDArray[np.bool_]:
+        """Variables that no plan of this or a lower value takes."""
+        return self.value + self.reduced_costs > value * (1 + _BOUND_SLACK)
 
 
 @dataclass(frozen=True)
@@ -89,16 +99,24 @@ def is_feasible(programme: Programme, caps: Caps, effort: Effort) -> bool:
 
 
 def minimise(
-    programme: Programme, goal: Goal, caps: Caps, effort: Effort, start: Optimum | None = None
+    programme: Programme,
+    goal: Goal,
+    caps: Caps,
+    effort: Effort,
+    start: Optimum | None = None,
+    closed: npt.NDArray[np.bool_] | None = None,
 ) -> Optimum | None:
     """Least ``goal`` of any legal assignment that keeps ``caps``; None when there is none.
 
-    ``start`` is a plan known to be feasible: it saves time and never changes the optimum. Raises BudgetError when no
+    ``start`` is a plan known to be feasible, ``closed`` marks variables that no plan within ``caps`` takes: they save
+    time and never change the optimum. Raises BudgetError when no
     plan was found in time and none was disproved.
     """
     capped = _capped(programme, caps)
     if capped is None:
         return None
+    if closed is not None:
+        capped = replace(capped, upper=np.where(closed, 0.0, capped.upper))
     best = None if start is None else _valued(programme, goal, start.assignment)
     scale = SCALE / _largest(programme, goal)
     relaxed = _relaxed(programme, goal, capped, effort) if best is None else None
@@ -209,7 +227,8 @@ def _relaxed(programme: Programme, goal: Goal, capped: _Capped, effort: Effort) 
         capped.cap_rows, solved.duals[len(programme.rules.lower) :].tolist(), strict=False
     ):
         slopes[column] = slopes.get(column, 0.0) + dual * factor / scale
-    return Relaxed(solved.value / scale, slopes)
+    reduced_costs = (solved.reduced_costs[: programme.width] - _DUAL_SLACK) / scale
+    return Relaxed(solved.value / scale, slopes, reduced_costs)
 
 
 def _valued(programme: Programme, goal: Goal, assignment: dict[str, str]) -> Optimum:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 __all__ = [
     "DATA_HELP",
     "DEFAULT_TARGET",
+    "DEFAULT_WORKERS",
+    "ESTIMATORS",
     "LOSSES",
     "OBJECTIVES",
     "RANGE_METHODS",
-    "add_analysis",
     "add_budgets",
     "add_data",
+    "add_data_to",
     "add_model",
     "add_output",
     "add_printing",
@@ -39,6 +41,8 @@ __all__ = [
 OBJECTIVES = ("error", "latency", "size")
 RANGE_METHODS = ("mse", "minmax", "percentile", "entropy")
 LOSSES = ("auto", "kl-logits", "kl-probabilities", "squared-error")
+ESTIMATORS = ("auto", "hessian-diagonal", "rounding-error")
+DEFAULT_WORKERS = "threads"
 DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
 
 DATA_HELP = """\
@@ -64,9 +68,13 @@ def add_printing(parser: argparse.ArgumentParser, json_help: str) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    data = parser.add_mutually_exclusive_group(required=required)
-    data.add_argument("--calibration", metavar="DATA", help="real inputs of the model, see below")
-    data.add_argument(
+    add_data_to(parser, parser.add_mutually_exclusive_group(required=required))
+
+
+def add_data_to(parser: argparse.ArgumentParser, either: argparse._ActionsContainer) -> None:
+    """To the alternatives ``either``, of which one is given, and what goes with them to ``parser``."""
+    either.add_argument("--calibration", metavar="DATA", help="real inputs of the model, see below")
+    either.add_argument(
         "--random-data", type=count, metavar="N", help="N random samples instead: for trying out, accuracy will suffer"
     )
     parser.add_argument("--samples", type=count, metavar="N", help="use the first N samples (default: all)")
@@ -75,10 +83,19 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to measure")
     group.add_argument(
+        "--estimator",
+        choices=ESTIMATORS,
+        default="auto",
+        help="where the error of a stored width comes from (default: %(default)s). auto: from curvature, and measured "
+        "where the plan depends on it. hessian-diagonal: from curvature alone; fewest runs of the model, for widths of "
+        "5 bits and more. rounding-error: every layer measured at every width; most runs, for 2 and 3 bits, or where "
+        "the report says that predicted and measured errors rank differently",
+    )
+    group.add_argument(
         "--sensitivity-samples",
         type=count,
         metavar="N",
-        help="samples that sensitivities are measured on (default: 16 to 80, fewer the larger the model)",
+        help="samples that sensitivities are measured on (default: 16 to 128, until they rank reliably)",
     )
     group.add_argument(
         "--range",
@@ -90,12 +107,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=LOSSES, default="auto", help="what counts as error (default: by the kind of outputs)"
     )
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of all random numbers (default: %(default)s)")
-
-
-def add_analysis(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--analysis", type=Path, required=True, metavar="A.analysis.json", help="what `lcpaq analyze` wrote"
-    )
 
 
 def add_target(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_TARGET) -> None:
@@ -135,7 +146,11 @@ def settings(args: argparse.Namespace) -> Settings:
     from lcpaq_onnx.planning.bench import Settings
 
     return Settings(
-        loss=args.loss, range_method=args.range, sensitivity_samples=args.sensitivity_samples, seed=args.seed
+        loss=args.loss,
+        range_method=args.range,
+        estimator=args.estimator,
+        sensitivity_samples=args.sensitivity_samples,
+        seed=args.seed,
     )
 
 
@@ -146,11 +161,9 @@ def calibration(args: argparse.Namespace) -> Source:
         return path
     from lcpaq_onnx.graph import graph_io
     from lcpaq_onnx.runtime.calibration import random_data
-    from lcpaq_onnx.runtime.session import Session, SessionOptions
+    from lcpaq_onnx.runtime.declared import declared_inputs
 
-    graph = graph_io.load(args.model)
-    session = Session(graph_io.to_proto(graph), SessionOptions("basic"), base_dir=graph.base_dir)
-    return random_data(session.inputs, args.random_data, args.seed)
+    return random_data(declared_inputs(graph_io.load(args.model)), args.random_data, args.seed)
 
 
 def refuse_same_file(outputs: tuple[Path, ...], inputs: tuple[Path | str | None, ...]) -> None:

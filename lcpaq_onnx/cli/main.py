@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from lcpaq_onnx.cli import inspect, pareto, passes, quantize, steps, targets
+from lcpaq_onnx.cli import cache, inspect, pareto, passes, quantize, steps, targets
 from lcpaq_onnx.cli.console import Console
 from lcpaq_onnx.cli.parser import Command, CommandGroup, Parser, new_parser
 from lcpaq_onnx.errors import LcpaqError
@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     )
     root.add_argument("--version", action="version", version=f"lcpaq {TOOL_VERSION}")
     commands = CommandGroup(root)
-    for module in (quantize, steps, pareto, inspect, targets, passes):
+    for module in (quantize, steps, pareto, inspect, targets, passes, cache):
         module.add_to(commands)
     return root
 

@@ -7,7 +7,7 @@ import json
 from typing import get_args
 
 from lcpaq_onnx.budget import Dimension
-from lcpaq_onnx.cli import arguments
+from lcpaq_onnx.cli import arguments, measuring
 from lcpaq_onnx.cli.console import Console
 from lcpaq_onnx.cli.parser import CommandGroup
 
@@ -15,11 +15,14 @@ __all__ = ["add_to"]
 
 DIMENSIONS = tuple(dimension for dimension in get_args(Dimension) if dimension != "error")
 
-_EPILOG = """\
+_EPILOG = f"""\
 Each point is the plan of least error for that much of the dimension; none is dominated by another.
+
+{arguments.DATA_HELP}
 
 examples:
   lcpaq pareto net.onnx --analysis net.analysis.json
+  lcpaq pareto net.onnx --calibration data.npz --workers threads:2
   lcpaq pareto net.onnx --analysis net.analysis.json --dimension latency --points 20 --json > frontier.json
   lcpaq pareto net.onnx --analysis net.analysis.json --budget 'latency<=0.5x' -o frontier.json
 """
@@ -28,7 +31,7 @@ examples:
 def add_to(commands: CommandGroup) -> None:
     parser = commands.add("pareto", "sweep the frontier of error against size, latency, …", _EPILOG, command=_pareto)
     arguments.add_model(parser)
-    arguments.add_analysis(parser)
+    measuring.add_measurements(parser)
     arguments.add_target(parser)
     parser.add_argument(
         "--dimension", choices=DIMENSIONS, default="size", help="what to trade error against (default: %(default)s)"
@@ -44,17 +47,19 @@ def add_to(commands: CommandGroup) -> None:
 def _pareto(args: argparse.Namespace, console: Console) -> int:
     budgets = arguments.budgets(args)
     from lcpaq_onnx import compiler
-    from lcpaq_onnx.artefacts import check_writable, read_measurements, write_texts
+    from lcpaq_onnx.artefacts import check_writable, write_texts
     from lcpaq_onnx.cli.summaries import frontier_document, frontier_text
+    from lcpaq_onnx.targets.loader import load as load_target
 
     if args.output is not None:
-        arguments.refuse_same_file((args.output,), (args.model, args.analysis))
+        arguments.refuse_same_file((args.output,), (args.model, args.analysis, args.calibration))
         check_writable((args.output,))
+    target = load_target(args.target)  # a typo must not wait for the analysis
     plans = compiler.frontier(
         args.model,
-        read_measurements(args.analysis),
+        measuring.measurements(args, console),
         dimension=args.dimension,
-        target=args.target,
+        target=target,
         budget=budgets,
         points=args.points,
         weights=args.weights,

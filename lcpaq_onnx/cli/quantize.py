@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcpaq_onnx.cli import arguments
+from lcpaq_onnx.cli import arguments, measuring
 from lcpaq_onnx.cli.console import Console
 from lcpaq_onnx.cli.parser import CommandGroup
 
@@ -50,6 +50,7 @@ def add_to(commands: CommandGroup) -> None:
         "--objective", choices=arguments.OBJECTIVES, help="what to minimise (default: what fits the budgets, see below)"
     )
     arguments.add_settings(parser)
+    measuring.add_execution(parser)
     arguments.add_output(parser, "OUT.onnx", "the quantized model; the other files stand beside it")
     arguments.add_printing(parser, "the report")
 
@@ -81,6 +82,7 @@ def _quantize(args: argparse.Namespace, console: Console) -> int:
         activations=args.activations,
         samples=args.samples,
         settings=arguments.settings(args),
+        execution=measuring.execution(args),
         progress=console.progress(),
     )
     # Only here is the name known that the emitted file will have.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lcpaq_onnx.cli import arguments
+from lcpaq_onnx.cli import arguments, measuring
 from lcpaq_onnx.cli.console import Console
 from lcpaq_onnx.cli.parser import CommandGroup
 from lcpaq_onnx.cli.quantize import report_exit_code
@@ -19,12 +19,16 @@ examples:
   lcpaq analyze net.onnx --calibration data.npz -o net.analysis.json
   lcpaq analyze net.onnx --calibration photos/ --samples 512 --sensitivity-samples 128 -o net.analysis.json
 """
-_PLAN = """\
-The model is read but not run: planning takes seconds, for any target and budget.
+_PLAN = f"""\
+With --analysis the model is read but not run. With --calibration the analysis is taken from the cache if `analyze`,
+`plan` or `pareto` made it before on this model, these data and settings; else it is made, and kept.
+
+{arguments.DATA_HELP}
 
 examples:
   lcpaq plan net.onnx --analysis net.analysis.json --budget 'size<=0.16x' -o small.plan.json
   lcpaq plan net.onnx --analysis net.analysis.json --target generic-int8 --objective latency -o fast.plan.json
+  lcpaq plan net.onnx --calibration data.npz --budget 'size<=0.12x' -o smaller.plan.json
 """
 _APPLY = """\
 Applying a plan twice gives the same bytes.
@@ -48,12 +52,13 @@ def add_to(commands: CommandGroup) -> None:
     arguments.add_model(parser)
     arguments.add_data(parser)
     arguments.add_settings(parser)
+    measuring.add_execution(parser)
     arguments.add_output(parser, "OUT.analysis.json", "the measurements")
     arguments.add_printing(parser, "the measurements")
 
-    parser = commands.add("plan", "choose the formats, from an analysis", _PLAN, command=_plan)
+    parser = commands.add("plan", "choose the formats, from an analysis or the cache", _PLAN, command=_plan)
     arguments.add_model(parser)
-    arguments.add_analysis(parser)
+    measuring.add_measurements(parser)
     arguments.add_target(parser)
     arguments.add_budgets(parser)
     parser.add_argument(
@@ -84,19 +89,12 @@ def add_to(commands: CommandGroup) -> None:
 
 
 def _analyze(args: argparse.Namespace, console: Console) -> int:
-    from lcpaq_onnx import compiler
     from lcpaq_onnx.artefacts import check_writable, measurements_json, write_texts
     from lcpaq_onnx.cli.summaries import measurements_text
 
     arguments.refuse_same_file((args.output,), (args.model, args.calibration))
     check_writable((args.output,))
-    measurements = compiler.analyze(
-        args.model,
-        arguments.calibration(args),
-        samples=args.samples,
-        settings=arguments.settings(args),
-        progress=console.progress(),
-    )
+    measurements = measuring.analyzed(args, console)
     written = measurements_json(measurements)
     write_texts({args.output: written})
     console.result(f"{measurements_text(measurements)}\nwrote {args.output}", written)
@@ -106,15 +104,17 @@ def _analyze(args: argparse.Namespace, console: Console) -> int:
 def _plan(args: argparse.Namespace, console: Console) -> int:
     budgets = arguments.budgets(args)
     from lcpaq_onnx import compiler
-    from lcpaq_onnx.artefacts import check_writable, read_measurements, write_texts
+    from lcpaq_onnx.artefacts import check_writable, write_texts
     from lcpaq_onnx.cli.summaries import plan_text
+    from lcpaq_onnx.targets.loader import load as load_target
 
-    arguments.refuse_same_file((args.output,), (args.model, args.analysis))
+    arguments.refuse_same_file((args.output,), (args.model, args.analysis, args.calibration))
     check_writable((args.output,))
+    target = load_target(args.target)  # a typo must not wait for the analysis
     plan = compiler.allocate(
         args.model,
-        read_measurements(args.analysis),
-        target=args.target,
+        measuring.measurements(args, console),
+        target=target,
         budget=budgets,
         objective=args.objective,
         weights=args.weights,

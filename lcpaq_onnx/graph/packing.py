@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lcpaq_onnx.graph.emit import PASS_KEY, made_node
 from lcpaq_onnx.graph.graph_io import constant, node_metadata
 
-__all__ = ["pack_planes", "unpack_blob", "unpack_cast"]
+__all__ = ["empty_planes", "pack_planes", "unpack_blob", "unpack_cast"]
 
 _PLANES = (4, 2, 1)
 """Widths of bit planes: every width from 2 to 7 is a sum of distinct ones, and each divides a byte."""
@@ -41,6 +41,11 @@ def pack_planes(integers: NDArray[np.int8], bits: int) -> list[NDArray[np.uint8]
         lanes = field.reshape(-1, 8 // width) << np.arange(0, 8, width, dtype=np.uint8)
         planes.append(np.bitwise_or.reduce(lanes, axis=1, keepdims=True).astype(np.uint8))
     return planes
+
+
+def empty_planes(values: int, bits: int) -> list[NDArray[np.uint8]]:
+    """Planes of the shapes that ``pack_planes`` makes of ``values`` integers."""
+    return [np.zeros((values * width // 8, 1), np.uint8) for width in _widths(bits)]
 
 
 def _widths(bits: int) -> list[int]:

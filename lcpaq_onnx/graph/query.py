@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
@@ -19,9 +18,9 @@ __all__ = [
     "Layer",
     "Operator",
     "Structure",
-    "dataflow",
     "input_channels",
     "nodes_by_name",
+    "predecessors",
     "reads",
     "structure_of",
     "weight_values",
@@ -154,14 +153,10 @@ def reads(node: gs.Node) -> list[gs.Tensor]:
     return [tensor for tensor in (*node.inputs, *captured) if not tensor.is_empty()]
 
 
-def dataflow(graph: Graph) -> nx.DiGraph[str]:
-    """Top-level nodes by name, an edge from each writer to its readers."""
-    flow: nx.DiGraph[str] = nx.DiGraph()
-    flow.add_nodes_from(node.name for node in graph.nodes)
+def predecessors(graph: Graph) -> dict[str, set[str]]:
+    """Top-level node → the nodes whose results it reads, all by name and in graph order."""
     writer = {id(tensor): node.name for node in graph.nodes for tensor in node.outputs}
-    for node in graph.nodes:
-        flow.add_edges_from((writer[id(t)], node.name) for t in reads(node) if id(t) in writer)
-    return flow
+    return {node.name: {writer[id(t)] for t in reads(node) if id(t) in writer} for node in graph.nodes}
 
 
 def _in_graph_order(graph: Graph) -> Iterable[gs.Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["grouped_response_model"]
+__all__ = ["grouped_response_model", "product_model"]
 
 
 def grouped_response_model(op: str, attrs: Mapping[str, object], rank: int, draws: int) -> onnx.ModelProto:
@@ -19,6 +19,15 @@ def grouped_response_model(op: str, attrs: Mapping[str, object], rank: int, draw
     assert isinstance(group, int)
     node = helper.make_node(op, ["x", "v"], ["y"], group=group * draws)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attrs.items() if name != "group")
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name in ("x", "v", "y")]
-    graph = helper.make_graph([node], "response", values[:2], values[2:])
+    return _one_node(node, [None] * rank)
+
+
+def product_model() -> onnx.ModelProto:
+    """``y = MatMul(a, b)`` of any ranks, with numpy's broadcasting."""
+    return _one_node(helper.make_node("MatMul", ["a", "b"], ["y"]), None)
+
+
+def _one_node(node: onnx.NodeProto, shape: Sequence[int | str | None] | None) -> onnx.ModelProto:
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in (*node.input, *node.output)]
+    graph = helper.make_graph([node], "response", values[:-1], values[-1:])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

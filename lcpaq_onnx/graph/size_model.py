@@ -25,6 +25,7 @@ __all__ = ["SizeModel", "StoredLayer"]
 
 # Length prefixes inside the shared packed constants (dimensions, raw data, Split) that grow with their number.
 _BLOB_SLACK_BYTES = 48
+_KEPT_COUNTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class SizeModel:
         if stored.storage == "packed-bytes":
             assert stored.weight is not None
             others = _DUMMIES[:2]
-            alone, more = (self._blob_bytes(stored.weight.bits, p) for p in (others, (*others, self._piece(layer))))
+            alone, more = (_blob_bytes(stored.weight.bits, p) for p in (others, (*others, self._piece(layer))))
             return self._own_bytes(layer, stored) + more - alone
         return self._own_bytes(layer, stored)
 
@@ -83,7 +84,7 @@ class SizeModel:
 
     def blob_bytes(self, bits: int) -> int:
         """Bytes of the expression that unpacks all packed weights of one width, without any weight."""
-        two, three = (self._blob_bytes(bits, _DUMMIES[:count]) for count in (2, 3))
+        two, three = (_blob_bytes(bits, _DUMMIES[:count]) for count in (2, 3))
         return two - 2 * (three - two) + _BLOB_SLACK_BYTES
 
     def isolated_bytes(self, name: str, channels: int, format: QFormat) -> int:
@@ -119,7 +120,7 @@ class SizeModel:
                 by = _isolated_growth(layer) - (_growth(layer.input, "/dq") if layer.input in self._inputs else 0)
                 longer[name] = longer.get(name, 0) + by
         for bits, members in packed.items():
-            graph_bytes += self._blob_bytes(bits, tuple(self._piece(layer) for layer in members))
+            graph_bytes += _blob_bytes(bits, tuple(self._piece(layer) for layer in members))
         for name, by in longer.items():
             payload = _payload(node_bytes(self._nodes[name]))
             graph_bytes += _prefixed(payload + by) - _prefixed(payload)
@@ -140,38 +141,23 @@ class SizeModel:
         total = 0
         if layer.weight in owned:
             weight = owned[layer.weight]
-            total += constant_bytes(weight) if stored.weight is None else self._weight_bytes(layer, stored)
+            total += (
+                constant_bytes(weight)
+                if stored.weight is None
+                else _weight_bytes(
+                    layer.weight, layer.weight_shape, stored.weight, stored.storage, stored.with_scale_only
+                )
+            )
         if layer.bias in owned:
             bias = owned[layer.bias]
-            total += self._bias_bytes(layer, stored, bias) if stored.integer_bias else constant_bytes(bias)
+            if stored.integer_bias:
+                assert stored.weight is not None
+                total += _integer_bias_bytes(
+                    bias.name, tuple(bias.shape), is_per_channel=stored.weight.axis is not None
+                )
+            else:
+                total += constant_bytes(bias)
         return total
-
-    def _weight_bytes(self, layer: Layer, stored: StoredLayer) -> int:
-        format = stored.weight
-        assert format is not None
-        scale = np.ones(() if format.axis is None else layer.weight_shape[format.axis], np.float32)
-        zeros = np.zeros(layer.weight_shape, np.int8)
-        weight = QuantizedWeight(zeros if format.bits <= 8 else zeros.astype(np.int16), scale, format)
-        result = gs.Variable(layer.weight)
-        if stored.with_scale_only:
-            nodes = emit.scale_weight(weight, result, emit.ROUND_PASS)
-        else:
-            nodes = [emit.dequantize_weight(weight, result, emit.ROUND_PASS)]
-        if stored.storage == "plain":
-            return emit.emitted_bytes(nodes)
-        integers = nodes[0].inputs[0]
-        total = emit.emitted_bytes(nodes, shared=[integers])
-        if stored.storage == "cast":
-            total += emit.emitted_bytes([packing.unpack_cast(zeros, format.bits, integers, emit.PACK_PASS)])
-        return total
-
-    def _bias_bytes(self, layer: Layer, stored: StoredLayer, bias: gs.Constant) -> int:
-        assert stored.weight is not None
-        shape = tuple(int(extent) for extent in bias.shape)
-        scale = np.ones(() if stored.weight.axis is None else shape, np.float32)
-        return emit.emitted_bytes(
-            [emit.dequantize_bias(np.zeros(shape, np.int32), scale, gs.Variable(bias.name), emit.BIAS_PASS)]
-        )
 
     def _conversion_bytes(self, group: ActivationGroup, format: QFormat) -> int:
         scale, zero_point = emit.activation_constants(group.name, 1.0, 0, format)
@@ -204,13 +190,6 @@ class SizeModel:
     def _piece(self, layer: Layer) -> tuple[str, tuple[int, ...]]:
         return f"{layer.weight}/q", layer.weight_shape
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the model it is asked about
-    def _blob_bytes(self, bits: int, pieces: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
-        values = sum(-(-int(np.prod(shape, dtype=np.int64)) // 8) * 8 for _, shape in pieces)
-        planes = packing.pack_planes(np.zeros(values, np.int8), bits)
-        named = [(gs.Variable(name), shape) for name, shape in pieces]
-        return emit.emitted_bytes(packing.unpack_blob(planes, bits, named, emit.PACK_PASS))
-
     def _renames(self, group: ActivationGroup, format: QFormat) -> list[tuple[gs.Node, int]]:
         """Nodes whose text grows when ``group`` is quantized, and by how many bytes."""
         explicit = self._moves_integers(format)
@@ -232,6 +211,42 @@ class SizeModel:
     @cached_property
     def _tensors(self) -> dict[str, gs.Tensor]:
         return dict(self._graph.tensors())
+
+
+# ---- pure counts, asked for again by every format that shares them -------------------------------------------------
+@lru_cache(maxsize=_KEPT_COUNTS)
+def _weight_bytes(name: str, shape: tuple[int, ...], format: QFormat, storage: str, with_scale_only: bool) -> int:
+    """Bytes of a quantized weight and of the nodes that restore it, without shared packed constants."""
+    scale = np.ones(() if format.axis is None else shape[format.axis], np.float32)
+    zeros = np.zeros(shape, np.int8)
+    weight = QuantizedWeight(zeros if format.bits <= 8 else zeros.astype(np.int16), scale, format)
+    result = gs.Variable(name)
+    if with_scale_only:
+        nodes = emit.scale_weight(weight, result, emit.ROUND_PASS)
+    else:
+        nodes = [emit.dequantize_weight(weight, result, emit.ROUND_PASS)]
+    if storage == "plain":
+        return emit.emitted_bytes(nodes)
+    integers = nodes[0].inputs[0]
+    total = emit.emitted_bytes(nodes, shared=[integers])
+    if storage == "cast":
+        total += emit.emitted_bytes([packing.unpack_cast(zeros, format.bits, integers, emit.PACK_PASS)])
+    return total
+
+
+@lru_cache(maxsize=_KEPT_COUNTS)
+def _integer_bias_bytes(name: str, shape: tuple[int, ...], *, is_per_channel: bool) -> int:
+    scale = np.ones(shape if is_per_channel else (), np.float32)
+    node = emit.dequantize_bias(np.zeros(shape, np.int32), scale, gs.Variable(name), emit.BIAS_PASS)
+    return emit.emitted_bytes([node])
+
+
+@lru_cache(maxsize=_KEPT_COUNTS)
+def _blob_bytes(bits: int, pieces: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+    """Bytes of the expression that unpacks ``pieces`` (name and shape of each weight) of one width."""
+    values = sum(-(-int(np.prod(shape, dtype=np.int64)) // 8) * 8 for _, shape in pieces)
+    named = [(gs.Variable(name), shape) for name, shape in pieces]
+    return emit.emitted_bytes(packing.unpack_blob(packing.empty_planes(values, bits), bits, named, emit.PACK_PASS))
 
 
 # Two pieces make the Split that any more share; the third shows what one piece adds.

@@ -12,15 +12,26 @@ import onnx
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.tables import RecordedTensor
 
-__all__ = ["Suffix", "SuffixExtractor", "with_outputs"]
+__all__ = ["Cut", "Suffix", "SuffixExtractor", "with_outputs"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a suffix begins: the part of a model that depends on the tensor ``start``, up to ``outputs``.
+
+    ``live``: the other tensors it reads from the rest of the model (its cut set), to be fed from a cache. ``nodes``:
+    positions in the graph.
+    """
+
+    start: str
+    live: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Suffix:
-    """The part of a model that depends on the tensor ``start``, with ``start`` as an input.
-
-    ``live``: the other tensors it reads from the rest of the model (its cut set), to be fed from a cache.
-    """
+    """A cut with its model; inputs are ``start`` and ``live``."""
 
     model: onnx.ModelProto
     start: str
@@ -67,8 +78,28 @@ class SuffixExtractor:
                 tainted.update(node.output)
         return free
 
-    def suffix(self, start: str, outputs: Sequence[str]) -> Suffix:
-        """The nodes between ``start`` and those of ``outputs`` that depend on it."""
+    def prefix(self, outputs: Sequence[str]) -> onnx.ModelProto:
+        """What computes ``outputs`` from the graph's inputs."""
+        graph = self._model.graph
+        needed, kept = set(outputs), []
+        for index in reversed(range(len(graph.node))):
+            if not needed.isdisjoint(graph.node[index].output):
+                kept.append(index)
+                needed |= self._reads[index]
+        model = self._build(kept[::-1], [], outputs, needed)
+        model.graph.input.extend(value for value in graph.input if value.name in needed)
+        return model
+
+    def suffix(self, cut: Cut) -> Suffix:
+        """The nodes of ``cut`` as a model, with copies of the weights they read."""
+        needed = {name for index in cut.nodes for name in self._reads[index]} | set(cut.outputs)
+        model = self._build(cut.nodes, [cut.start, *cut.live], cut.outputs, needed)
+        return Suffix(model, cut.start, cut.live, cut.outputs)
+
+    def cut(self, start: str, outputs: Sequence[str]) -> Cut:
+        """The nodes between ``start`` and those of ``outputs`` that depend on it. An output that is ``start`` itself is
+        among the outputs, without a node.
+        """
         graph = self._model.graph
         reached, descendants = {start}, set()
         for index, node in enumerate(graph.node):
@@ -85,7 +116,7 @@ class SuffixExtractor:
                 needed.update(self._reads[index])
         produced = {name for index in kept for name in graph.node[index].output}
         live = sorted(needed - produced - set(self._initializers) - {start, ""})
-        return Suffix(self._build(sorted(kept), [start, *live], wanted, needed), start, tuple(live), tuple(wanted))
+        return Cut(start, tuple(live), tuple(wanted), tuple(sorted(kept)))
 
     def _build(
         self, nodes: Sequence[int], inputs: Sequence[str], outputs: Sequence[str], needed: set[str]

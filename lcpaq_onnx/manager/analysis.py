@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar, cas
 
 from lcpaq_onnx.errors import CalibrationError, LcpaqError, PassError, TargetError
 from lcpaq_onnx.manager.options import options_text
+from lcpaq_onnx.runtime.resources import Resources
 
 if TYPE_CHECKING:
     from lcpaq_onnx.graph.graph_io import Graph
@@ -64,13 +65,16 @@ class SilentProgress:
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """What an analysis may look at besides the graph. ``seed`` starts every random generator."""
+    """What an analysis may look at besides the graph. ``seed`` starts every random generator. ``resources`` change how
+    fast an analysis is, not what it finds.
+    """
 
     calibration: CalibrationData | None = None
     target: Target | None = None
     loss: LossName | TeacherLoss = "auto"
     seed: int = 0
     progress: Progress = field(default_factory=SilentProgress, compare=False)
+    resources: Resources = field(default_factory=Resources, compare=False)
 
     def samples(self) -> CalibrationData:
         """The calibration data. Raises CalibrationError when there are none."""
@@ -155,7 +159,7 @@ class AnalysisManager:
             running = list(self._running)
             circle = [*running[running.index(key) :], key]
             raise PassError(
-                f"analyses ask for each other in a circle: {' -> '.join(map(str, circle))}",
+                f"analyses ask for each other in a circle: {' -> '.join(map(_text, circle))}",
                 hint="one of them must work without the result of the next",
             )
         self._running[key] = set()
@@ -166,7 +170,7 @@ class AnalysisManager:
             raise
         except Exception as error:
             # Any bug in an analysis, third-party ones included: say which one, keep the cause.
-            chain = " -> ".join(map(str, self._running))
+            chain = " -> ".join(map(_text, self._running))
             raise PassError(
                 f"analysis {chain} failed: {type(error).__name__}: {error}",
                 hint="this is a bug in the analysis; report it with the traceback of the cause (-vv)",
@@ -180,6 +184,14 @@ class AnalysisManager:
             for key, cached in self._cache.items()
             if key not in fallen and not (cached.dependencies & fallen)
         }
+
+
+def _text(analysis: AnyAnalysis) -> str:
+    """For messages: options that have no text (sets of entries) must not hide what went wrong."""
+    try:
+        return str(analysis)
+    except PassError:
+        return analysis.name
 
 
 def _default_instance(cls: type[Analysis[R]]) -> Analysis[R]:

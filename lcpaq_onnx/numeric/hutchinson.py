@@ -7,6 +7,10 @@ section 3.1). Pure numpy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +18,7 @@ from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.numeric.rounding import round_nearest
 from lcpaq_onnx.tables import HessianDiagonal
 
-__all__ = ["LayerProbe", "channel_rows"]
+__all__ = ["LayerProbe", "ProbeLosses", "channel_rows"]
 
 Float = NDArray[np.float32]
 Double = NDArray[np.float64]
@@ -30,101 +34,119 @@ def channel_rows(weight: Float, axis: int | None) -> Float:
     return weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
 
 
-class LayerProbe:
-    """Draws changes of one layer's weight and gathers the losses they cause.
-
-    Two kinds of change. ``whole``: all weights, amplitude per channel like the channel's rounding error, so that the
-    mean loss is already in proportion to what rounding costs. ``blocks``: each draw moves one block of output
-    channels; a block's share of the layer is the ratio of its loss to the whole layer's on the same samples, which
-    cancels how much curvature differs from sample to sample.
+@dataclass(frozen=True, eq=False)
+class ProbeLosses:
+    """What probes of one layer cost. ``loss``, ``squared_error``: [probes, samples] of whole-layer draws.
+    ``block_loss``, ``block``: [block probes, samples], the loss of moving one block and which; may be empty.
     """
 
-    def __init__(self, weight: Float, axis: int | None, samples: int) -> None:
-        """``samples``: how many the analysis will see; blocks are chosen so that each gets about two of them."""
-        self._axis = axis
-        self._shape = weight.shape
-        rows = channel_rows(weight, axis)
-        self._channels, self._elements = int(rows.shape[0]), int(rows.shape[1])
-        rounded = round_nearest(weight, QFormat(bits=_FORMAT_BITS, axis=axis)).dequantized()
-        self._amplitude = _SHARE * np.sqrt(((channel_rows(rounded, axis) - rows) ** 2).mean(axis=1))
-        self._block_count = max(1, min(self._channels, samples // 2))
-        self._block = np.arange(self._channels) * self._block_count // self._channels
-        self._loss: list[Double] = []
-        self._squared: list[Double] = []
-        self._block_parts: list[tuple[NDArray[np.intp], Double, Double]] = []
-        self._next_block = 0
+    loss: Double
+    squared_error: Double
+    block_loss: Double
+    block: NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProbe:
+    """Random changes of one layer's weight, and the Hessian diagonal that follows from their losses.
+
+    Two kinds of change. ``whole``: all weights, amplitude per channel like the channel's rounding error, so that the
+    mean loss is already in proportion to what rounding costs. ``block``: each draw moves one block of output channels;
+    a block's share of the layer is the ratio of its loss to the whole layer's on the same samples, which cancels how
+    much curvature differs from sample to sample.
+    """
+
+    weight: Float
+    axis: int | None
 
     @property
     def elements(self) -> int:
         """Number of weights."""
-        return self._channels * self._elements
+        return self.weight.size
 
-    def whole(self, draws: int, random: np.random.Generator) -> Float:
-        """[draws, *weight shape]: signs times the channel's amplitude."""
-        return self._signs(draws, random, np.broadcast_to(self._amplitude, (draws, self._channels)))
+    @cached_property
+    def amplitude(self) -> Float:
+        """[channels]: what a probe moves each weight by."""
+        rounded = round_nearest(self.weight, QFormat(bits=_FORMAT_BITS, axis=self.axis)).dequantized()
+        errors = channel_rows(rounded, self.axis) - channel_rows(self.weight, self.axis)
+        result: Float = _SHARE * np.sqrt((errors**2).mean(axis=1))
+        return result
 
-    def blocks(self, draws: int, random: np.random.Generator) -> tuple[Float, NDArray[np.intp]]:
-        """Changes of one block each, and which block; consecutive calls go on through the blocks."""
-        chosen = (self._next_block + np.arange(draws)) % self._block_count
-        # One more where the draws come out even: probed again, a sample then meets the next block and not the same one.
-        step = draws + int(draws % self._block_count == 0)
-        self._next_block = int(self._next_block + step) % self._block_count
-        mask = self._block[None, :] == chosen[:, None]
-        return self._signs(draws, random, mask * self._amplitude), chosen
+    @property
+    def noise_power(self) -> float:
+        """‖v‖² of a whole draw."""
+        return float((self.amplitude.astype(np.float64) ** 2).sum() * self._channel_elements)
 
-    def add_whole(self, losses: Double, squared_errors: Double) -> None:
-        """``losses``, ``squared_errors``: [probes, samples] of one batch."""
-        self._loss.append(losses.mean(axis=0))
-        self._squared.append(squared_errors.mean(axis=0))
+    def whole(self, generators: Sequence[np.random.Generator]) -> Float:
+        """[draws, *weight shape]: signs times the channel's amplitude, one draw from each generator."""
+        return self._signs(generators, np.broadcast_to(self.amplitude, (len(generators), self._channels)))
 
-    def add_blocks(self, chosen: NDArray[np.intp], losses: Double) -> None:
-        """Losses [samples] of a block draw on the batch last given to ``add_whole``; draws share samples evenly."""
-        self._block_parts.append((np.repeat(chosen, len(losses) // len(chosen)), losses, self._loss[-1]))
+    def block(self, generators: Sequence[np.random.Generator], chosen: NDArray[np.intp], count: int) -> Float:
+        """As ``whole``, each draw within block ``chosen`` of ``count``."""
+        mask = self._block(count)[None, :] == chosen[:, None]
+        return self._signs(generators, mask * self.amplitude)
 
-    def estimate(self) -> HessianDiagonal:
-        """The diagonal from all losses so far."""
-        loss, squared = np.concatenate(self._loss), np.concatenate(self._squared)
+    def diagonal(self, losses: ProbeLosses, count: int) -> HessianDiagonal:
+        """The diagonal from all losses; ``count``: blocks that ``losses.block`` counts."""
+        loss = losses.loss.mean(axis=0)
         mean = float(loss.mean())
         relative_stderr = float(loss.std(ddof=1) / np.sqrt(len(loss)) / mean) if len(loss) > 1 and mean > 0 else 0.0
-        share, share_stderr = self._shares()
-        power = np.bincount(self._block, weights=self._amplitude.astype(np.float64) ** 2 * self._elements)
+        share, share_stderr = _shares(losses, count)
+        block = self._block(count)
+        power = np.bincount(block, weights=self.amplitude.astype(np.float64) ** 2 * self._channel_elements)
         per_weight = np.divide(2 * mean, power, out=np.zeros_like(power), where=power > 0)
-        channel_mean = (share * per_weight)[self._block]
-        trace = float(channel_mean.sum() * self._elements)
-        weights_of_block = np.bincount(self._block) * self._elements
+        channel_mean = (share * per_weight)[block]
+        trace = float(channel_mean.sum() * self._channel_elements)
+        weights_of_block = np.bincount(block) * self._channel_elements
         shares_stderr = float(np.sqrt(((share_stderr * per_weight * weights_of_block) ** 2).sum()))
         return HessianDiagonal(
             trace=trace,
             trace_stderr=float(np.hypot(trace * relative_stderr, shares_stderr)),
             relative_stderr=relative_stderr,
-            squared_error_per_loss=float(squared.mean() / mean) if mean > 0 else 0.0,
+            squared_error_per_loss=float(losses.squared_error.mean() / mean) if mean > 0 else 0.0,
             channel_mean=tuple(channel_mean.tolist()),
-            channel_stderr=tuple((share_stderr * per_weight)[self._block].tolist()),
+            channel_stderr=tuple((share_stderr * per_weight)[block].tolist()),
             samples=len(loss),
         )
 
-    def _shares(self) -> tuple[Double, Double]:
-        """Each block's part of the layer's loss (adds up to 1) with standard errors, by ratio estimation."""
-        even = np.full(self._block_count, 1.0 / self._block_count)
-        if not self._block_parts or self._block_count == 1:
-            return even, np.zeros(self._block_count)
-        chosen, loss, whole = (np.concatenate(part) for part in zip(*self._block_parts, strict=True))
-        below = np.bincount(chosen, weights=whole, minlength=self._block_count)
-        above = np.bincount(chosen, weights=loss, minlength=self._block_count)
-        share = np.divide(above, below, out=even.copy(), where=below > 0)
-        residual = np.bincount(chosen, weights=(loss - share[chosen] * whole) ** 2, minlength=self._block_count)
-        stderr = np.divide(np.sqrt(residual), below, out=np.zeros(self._block_count), where=below > 0)
-        total = share.sum()
-        return (share / total, stderr / total) if total > 0 else (even, stderr)
+    @property
+    def _channels(self) -> int:
+        return 1 if self.axis is None else int(self.weight.shape[self.axis])
 
-    def _signs(self, draws: int, random: np.random.Generator, amplitude: NDArray[np.floating]) -> Float:
-        count = draws * self.elements
-        bits = np.unpackbits(np.frombuffer(random.bytes(-(-count // 8)), np.uint8), count=count)
-        values = bits.astype(np.float32).reshape(draws, self._channels, self._elements)
+    @property
+    def _channel_elements(self) -> int:
+        return self.weight.size // max(1, self._channels)
+
+    def _block(self, count: int) -> NDArray[np.intp]:
+        """Block of each channel."""
+        return np.arange(self._channels) * count // self._channels
+
+    def _signs(self, generators: Sequence[np.random.Generator], amplitude: NDArray[np.floating]) -> Float:
+        words = -(-self.elements // 8)
+        bits = np.unpackbits(
+            np.frombuffer(b"".join(g.bytes(words) for g in generators), np.uint8).reshape(-1, words), 1
+        )
+        values = bits[:, : self.elements].astype(np.float32).reshape(-1, self._channels, self._channel_elements)
         values -= 0.5
         values *= (2 * amplitude).astype(np.float32)[:, :, None]
-        if self._axis is None:
-            return values.reshape(draws, *self._shape)
-        rest = [extent for position, extent in enumerate(self._shape) if position != self._axis]
-        moved = np.moveaxis(values.reshape(draws, self._channels, *rest), 1, self._axis + 1)
+        if self.axis is None:
+            return values.reshape(len(values), *self.weight.shape)
+        rest = [extent for position, extent in enumerate(self.weight.shape) if position != self.axis]
+        moved = np.moveaxis(values.reshape(len(values), self._channels, *rest), 1, self.axis + 1)
         return np.ascontiguousarray(moved)
+
+
+def _shares(losses: ProbeLosses, count: int) -> tuple[Double, Double]:
+    """Each block's part of the layer's loss (adds up to 1) with standard errors, by ratio estimation."""
+    even = np.full(count, 1.0 / count)
+    if count == 1 or not losses.block_loss.size:
+        return even, np.zeros(count)
+    whole = np.broadcast_to(losses.loss.mean(axis=0), losses.block_loss.shape).ravel()
+    chosen, loss = losses.block.ravel(), losses.block_loss.ravel()
+    below = np.bincount(chosen, weights=whole, minlength=count)
+    above = np.bincount(chosen, weights=loss, minlength=count)
+    share = np.divide(above, below, out=even.copy(), where=below > 0)
+    residual = np.bincount(chosen, weights=(loss - share[chosen] * whole) ** 2, minlength=count)
+    stderr = np.divide(np.sqrt(residual), below, out=np.zeros(count), where=below > 0)
+    total = share.sum()
+    return (share / total, stderr / total) if total > 0 else (even, stderr)

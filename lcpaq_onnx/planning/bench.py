@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -11,36 +13,51 @@ from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.query import nodes_by_name
 from lcpaq_onnx.graph.signatures import signature_of
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager, Progress
+from lcpaq_onnx.numeric.interactions import Interactions, steadied_interactions
 from lcpaq_onnx.numeric.losses import LossName, TeacherLoss
 from lcpaq_onnx.numeric.ranges import RangeMethod
 from lcpaq_onnx.passes import (
+    WEIGHT_BITS,
     ActivationRanges,
     BatchSize,
     CalibrationRun,
     ErrorTables,
     GraphStructure,
     HessianDiagonals,
+    OutputChanges,
+    RandomPlans,
     RecordedTensors,
+    Reliability,
+    WeightEntry,
+    audit,
     teacher_of,
 )
+from lcpaq_onnx.planning.formulate import activation_decision
 from lcpaq_onnx.provenance import TOOL_VERSION
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed
+from lcpaq_onnx.runtime.resources import Resources
 from lcpaq_onnx.runtime.session import Session
-from lcpaq_onnx.tables import ErrorTable, HessianDiagonal, Measurements
+from lcpaq_onnx.tables import Audit, ErrorTable, HessianDiagonal, Measurements
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
 
-__all__ = ["Bench", "Settings", "SourceModel"]
+__all__ = ["Bench", "Estimator", "Settings", "SourceModel"]
 
 Outputs = dict[str, np.ndarray]
 
 MEASUREMENTS_SCHEMA = 1
 
-# Widths at which rounding is too coarse for second order.
-_MEASURED_BITS = (2, 4)
+Estimator = Literal["auto", "hessian-diagonal", "rounding-error"]
+
+# Widths whose rounding errors can be told from none.
+_MEASURABLE_BITS = tuple(bits for bits in WEIGHT_BITS if bits <= 8)
+# Root mean square error over the output's range up to which a model is worth comparing with others.
+_USABLE_ERROR = 0.1
 # Multiply-accumulates that a sensitivity analysis may take. Counted, not timed: the choice of samples must not depend
 # on the machine.
 _AFFORDABLE_MACS = 2.5e12
-_SAMPLES = (16, 80)
+_SAMPLES = (16, 128)
+# Runs of what follows a layer, for each sample: two probes of its Hessian and three rounding errors.
+_RUNS_PER_LAYER = 5
 
 
 @dataclass(frozen=True)
@@ -53,12 +70,16 @@ class SourceModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None:
-    16 to 80, fewer the larger the model; ``probes``: random directions per layer and sample.
+    """How to measure. ``estimator``: of what a stored width costs in error: ``hessian-diagonal`` (second order),
+    ``rounding-error`` (every format measured) or ``auto`` (second order, and measured where the plan depends on it).
+    ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None: until the ranking
+    of what was measured is settled, 16 to 128, fewer the larger the model; ``probes``: random directions per layer and
+    sample.
     """
 
     loss: LossName | TeacherLoss = "auto"
     range_method: RangeMethod = "mse"
+    estimator: Estimator = "auto"
     sensitivity_samples: int | None = None
     probes: int = 1
     seed: int = 0
@@ -68,41 +89,90 @@ class Bench:
     """Analyses of a prepared float model; each runs when first asked for."""
 
     def __init__(
-        self, graph: Graph, source: SourceModel, data: CalibrationData, settings: Settings, progress: Progress
+        self,
+        graph: Graph,
+        source: SourceModel,
+        data: CalibrationData,
+        settings: Settings,
+        progress: Progress,
+        resources: Resources,
     ) -> None:
         self.graph = graph
         self.data = data
+        self.settings = settings
         self._source = source
-        self._settings = settings
-        inputs = AnalysisInputs(calibration=data, loss=settings.loss, seed=settings.seed, progress=progress)
+        inputs = AnalysisInputs(
+            calibration=data, loss=settings.loss, seed=settings.seed, progress=progress, resources=resources
+        )
         self._analyses = AnalysisManager(graph, inputs)
 
     def ranges_only(self) -> Measurements:
         """Measurements without sensitivities: enough where nothing has to be traded against error."""
         return self._measurements(ErrorTable(), {})
 
-    def everything(self, weight_bits: Collection[int] | None = None) -> Measurements:
-        """Measurements with the error table; exact at the low ones of ``weight_bits`` (None: all)."""
-        s = self._settings
-        samples = s.sensitivity_samples or self._affordable_samples()
-        low = weight_bits is None or min(weight_bits, default=8) <= max(_MEASURED_BITS)
-        measured = _MEASURED_BITS if low else ()
-        table = ErrorTables(measured=measured, samples=samples, probes=s.probes, method=s.range_method)
+    def with_errors(self, entries: Collection[WeightEntry], samples: int) -> Measurements:
+        """Measurements with the error table, measured at ``entries`` and by second order elsewhere."""
+        s = self.settings
+        # Only second order alone needs to know how a layer's curvature is shared out over its channels.
+        channel_probes = s.probes if s.estimator == "hessian-diagonal" else 0
+        table = ErrorTables(frozenset(entries), samples, s.probes, channel_probes, s.range_method)
         errors = self._analyses.get(table)
-        return self._measurements(errors, self._analyses.get(HessianDiagonals(max(1, samples // 2), s.probes)))
+        return self._measurements(errors, self._analyses.get(HessianDiagonals(samples, s.probes, channel_probes)))
+
+    def audit(self, errors: ErrorTable, entries: Collection[WeightEntry], samples: int) -> Audit | None:
+        """``errors`` against random plans, measured whole: layers in widths of ``entries`` that leave more than noise.
+        None where there is nothing to choose.
+        """
+        usable = {bits for bits in {bits for _, bits in entries} if _is_usable(errors, bits)}
+        drawn = frozenset((name, bits) for name, bits in entries if bits in usable)
+        if len(usable) < 2:
+            return None
+
+        def predict(plan: Mapping[str, int]) -> float:
+            return sum(errors.layers[name][bits].loss for name, bits in plan.items())
+
+        return audit(predict, self._analyses.get(RandomPlans(drawn, samples)), samples)
+
+    def interactions(self, entries: Collection[WeightEntry], samples: int) -> Interactions | None:
+        """Cross terms of measured ``entries`` and activation groups, by decision; None for a loss without a metric."""
+        changes = self._analyses.get(OutputChanges(frozenset(entries), samples, self.settings.range_method))
+        embeddings = {(name, f"w{bits}"): rows for (name, bits), rows in changes.layers.items()}
+        embeddings |= {(activation_decision(name), "a8"): rows for name, rows in changes.activations.items()}
+        usable = {entry: rows for entry, rows in embeddings.items() if rows.shape[1] and np.isfinite(rows).all()}
+        return steadied_interactions(usable) if usable else None
+
+    def reliability(self, entries: Collection[WeightEntry], samples: int) -> float:
+        """Of the ranking that ``samples`` samples give of measured ``entries``, from 0 to 1."""
+        return self._analyses.get(Reliability(frozenset(entries), samples))
+
+    def every_entry(self, weight_bits: Collection[int] | None) -> frozenset[WeightEntry]:
+        """All layers at all of ``weight_bits`` (None: all widths) that can be measured."""
+        bits = [b for b in _MEASURABLE_BITS if weight_bits is None or b in weight_bits]
+        return frozenset((layer.name, b) for layer in self._analyses.get(GraphStructure).layers for b in bits)
+
+    def weights_of_layers(self) -> dict[str, int]:
+        """Number of weights of each layer."""
+        return {layer.name: math.prod(layer.weight_shape) for layer in self._analyses.get(GraphStructure).layers}
 
     def error_of(self, quantized: Graph) -> MeasuredError:
         """Error of an emitted model over all calibration data."""
         session = Session(to_proto(quantized), base_dir=quantized.base_dir)
         return measure_error(session, self.answers(), self.reference)
 
+    def sample_counts(self) -> tuple[int, ...]:
+        """Numbers of sensitivity samples to try, fewest first."""
+        if self.settings.sensitivity_samples is not None:
+            return (self.settings.sensitivity_samples,)
+        affordable = self._affordable_samples()
+        return tuple(count for count in (32, 64, 128) if count <= affordable) or (affordable,)
+
     def _affordable_samples(self) -> int:
-        """Samples of the sensitivity analysis: each layer runs about half the model for each of its changes."""
+        """Each layer runs about half the model for each of its changes."""
         structure = self._analyses.get(GraphStructure)
         shapes = {name: tensor.shape for name, tensor in self._analyses.get(RecordedTensors).items()}
         nodes = nodes_by_name(self.graph)
         macs = sum(signature_of(nodes[layer.name], shapes).macs for layer in structure.layers)
-        runs = len(structure.layers) * (len(_MEASURED_BITS) + 2) + len(structure.groups)
+        runs = _RUNS_PER_LAYER * len(structure.layers) + len(structure.groups)
         least, most = _SAMPLES
         return int(np.clip(_AFFORDABLE_MACS / max(1, macs * runs / 2), least, most))
 
@@ -115,10 +185,10 @@ class Bench:
     @property
     def loss_name(self) -> str:
         """The loss in use; ``user`` for a callable."""
-        chosen = self._settings.loss
+        chosen = self.settings.loss
         if callable(chosen):
             return "user"
-        return self._analyses.get(CalibrationRun).loss if chosen == "auto" else chosen
+        return str(self._analyses.get(CalibrationRun).loss) if chosen == "auto" else chosen
 
     def answers(self) -> Iterator[tuple[Feed, Outputs]]:
         """Feeds with the float model's outputs: kept ones as long as they reach, then run again."""
@@ -140,7 +210,12 @@ class Bench:
             calibration=self.data.description,
             loss=self.loss_name,
             tensors=self._analyses.get(RecordedTensors),
-            ranges=self._analyses.get(ActivationRanges(self._settings.range_method)),
+            ranges=self._analyses.get(ActivationRanges(self.settings.range_method)),
             hessian=hessian,
             errors=errors,
         )
+
+
+def _is_usable(errors: ErrorTable, bits: int) -> bool:
+    """Whether all layers at ``bits`` together leave more than noise."""
+    return sum(entries[bits].squared_error for entries in errors.layers.values()) <= _USABLE_ERROR**2

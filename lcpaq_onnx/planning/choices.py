@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,12 +57,18 @@ class Choices:
 
     def layer_formats(self, layer: Layer) -> tuple[LayerFormat, ...]:
         """Formats a layer may take, widest first; integer ones only between groups that can be quantized."""
-        legal = [
-            f
-            for f in self.target.layer_formats(layer.op)
-            if str(f) in self.costs.layers[layer.name] and self.allowed.permits(f) and self._operands_fit(layer, f)
-        ]
-        return tuple(legal) or (LayerFormat(),)
+        return self._layer_formats[layer.name]
+
+    @cached_property
+    def _layer_formats(self) -> dict[str, tuple[LayerFormat, ...]]:
+        return {layer.name: tuple(self._legal_formats(layer)) or (LayerFormat(),) for layer in self.structure.layers}
+
+    def _legal_formats(self, layer: Layer) -> Iterator[LayerFormat]:
+        for format in self.target.layer_formats(layer.op):
+            if str(format) not in self.costs.layers[layer.name]:
+                continue
+            if self.allowed.permits(format) and self._operands_fit(layer, format):
+                yield format
 
     @cached_property
     def _useful(self) -> frozenset[str]:

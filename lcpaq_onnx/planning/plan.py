@@ -98,12 +98,15 @@ class Predicted(_Frozen):
 
 
 class Proof(_Frozen):
-    """What the solver proved."""
+    """What the solver proved. ``exchanged``: changes of widths made after that, because cross terms between layers and
+    the measured error were for them.
+    """
 
     optimal: bool
     gap: float
     solver: str
     shadow_prices: tuple[str, ...] = ()
+    exchanged: tuple[str, ...] = ()
 
 
 class Plan(_Frozen):

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lcpaq_onnx.allocation.allocate import Allocation, Objective, allocate, effort_for, optimise
-from lcpaq_onnx.allocation.pareto import pareto
-from lcpaq_onnx.allocation.problem import AllocationProblem
-from lcpaq_onnx.allocation.programme import build_programme
-from lcpaq_onnx.budget import Budget, Dimension
-from lcpaq_onnx.errors import PassError, TargetError
-from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.size_model import SizeModel
-from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
-from lcpaq_onnx.manager.pass_base import PassContext
-from lcpaq_onnx.manager.pass_manager import run_pipeline
-from lcpaq_onnx.passes import (
-    CostTables,
-    GraphStructure,
-    MemoryTimeline,
-    RecordedTensors,
-    SizeModels,
-    explicit_movers,
-    raise_to,
+from lcpaq_onnx.allocation.allocate import (
+    OBJECTIVE_COLUMNS,
+    Allocation,
+    Objective,
+    allocate,
+    choose,
+    effort_for,
+    priced,
 )
+from lcpaq_onnx.allocation.carry import carried
+from lcpaq_onnx.allocation.exchange import exchange, predicted_loss, table_losses
+from lcpaq_onnx.allocation.pareto import pareto
+from lcpaq_onnx.allocation.problem import AllocationProblem, Column
+from lcpaq_onnx.allocation.programme import Programme, build_programme
+from lcpaq_onnx.budget import Budget, Dimension
+from lcpaq_onnx.formats import LayerFormat
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.numeric.interactions import Interactions
 from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.formulate import Formulation
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.plan_writer import PlanRequest, write_plan
-from lcpaq_onnx.tables import Measurements
+from lcpaq_onnx.planning.variants import Variant, Variants
+from lcpaq_onnx.tables import Measurements, Sensitivity
 from lcpaq_onnx.targets.target import Target
 
 __all__ = ["NEGLIGIBLE_RELATIVE_ERROR", "Planner", "tolerated_error"]
@@ -39,8 +38,8 @@ TOLERATED = 1.1
 NEGLIGIBLE_RELATIVE_ERROR = 0.01
 """Root mean square error of the output over its range that counts as none."""
 _TIME_LIMIT_S = 60.0
-# Per-channel DequantizeLinear; below it there is no form that all runtimes take.
-_LEAST_OPSET = 13
+# Of the predicted loss: less is not worth emitting and measuring a second file.
+_LEAST_EXCHANGE = 0.02
 
 
 def tolerated_error(least: float) -> Budget:
@@ -57,145 +56,171 @@ def _used(allocation: Allocation, dimension: Dimension) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Variant:
-    """The model at one opset: what can be expressed there, and what it costs."""
+class _Stated:
+    """The allocation problem of one variant."""
 
-    graph: Graph
+    variant: Variant
     formulation: Formulation
-    problem: AllocationProblem
-    sizes: SizeModel
+    programme: Programme
+
+    @property
+    def problem(self) -> AllocationProblem:
+        """What there is to choose."""
+        return self.programme.problem
 
 
 class Planner:
     """Allocation over the formats that ``allowed`` and the target leave. ``graph``: prepared, not changed."""
 
-    def __init__(self, graph: Graph, measurements: Measurements, target: Target, allowed: Allowed) -> None:
-        if graph.opset > target.runtime.opset_max:
-            raise TargetError(
-                f"the model needs opset {graph.opset}, target '{target.name}' takes at most {target.runtime.opset_max}",
-                hint="export the model with a lower opset, or choose another target",
-            )
+    def __init__(
+        self,
+        graph: Graph,
+        measurements: Measurements,
+        target: Target,
+        allowed: Allowed,
+        *,
+        variants: Variants | None = None,
+        interactions: Interactions | None = None,
+    ) -> None:
+        """``variants``: of a planner for the same model, target and formats. ``interactions``: cross terms of
+        decisions; with them predicted losses are those of all decisions together. Raises TargetError when the target
+        does not take the model's opset.
+        """
         self._graph = graph
         self._measurements = measurements
         self._target = target
         self._allowed = allowed
-        self._variants: dict[int, _Variant] = {}
+        self._variants = variants or Variants(graph, measurements.tensors, target, allowed)
+        self._interactions = interactions
+        self._stated: dict[int, _Stated] = {}
+
+    def remeasured(self, measurements: Measurements, interactions: Interactions | None = None) -> Planner:
+        """A planner for other errors of the same model; its costs are not worked out again."""
+        return Planner(
+            self._graph,
+            measurements,
+            self._target,
+            self._allowed,
+            variants=self._variants,
+            interactions=interactions,
+        )
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """How the errors were found; None where there are none."""
+        return self._measurements.sensitivity
 
     def plan(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Plan:
         """The best plan, in a file of the lowest opset that expresses it. Raises BudgetError when none fits."""
-        variant = self._widest_variant()
-        allocation = allocate(variant.problem, budgets, objective)
-        needed = self._opset_of(allocation, variant)
-        if needed < variant.graph.opset:
-            # The same formats may stand differently in the older file, so they are allocated anew.
-            variant = self._variant(needed)
-            allocation = allocate(variant.problem, budgets, objective)
-        return self._write(variant, allocation, budgets, objective)
+        stated, allocation = self._allocated(budgets, objective)
+        return self._write(stated, allocation, budgets, objective)
+
+    def exchanged(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Plan | None:
+        """``plan`` with widths exchanged between layers as cross terms tell; None where that promises too little. What
+        is better than the loss among the objectives is kept.
+        """
+        stated, allocation = self._allocated(budgets, objective)
+        known = self._calibrated(stated.problem)
+        if known is None:
+            return None
+        caps = self._caps(stated.problem, budgets)
+        for name in objective[: objective.index("error")] if "error" in objective else objective:
+            column = OBJECTIVE_COLUMNS[name]
+            caps[column] = min(caps.get(column, float("inf")), float(getattr(allocation.totals, column)))
+        found = exchange(stated.problem, allocation.assignment, known, caps)
+        if found.loss_after > (1 - _LEAST_EXCHANGE) * found.loss_before:
+            return None
+        totals = stated.problem.evaluate(found.assignment)
+        plan = self._write(stated, replace(allocation, assignment=found.assignment, totals=totals), budgets, objective)
+        return plan.model_copy(update={"proof": plan.proof.model_copy(update={"exchanged": found.moves})})
+
+    def weight_bits(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> list[tuple[str, int]]:
+        """Layers with the stored width of the best plan; float ones are left out. Raises BudgetError when none fits."""
+        stated = self._widest()
+        assignment = self._optimum(stated, budgets, objective).assignment
+        formats = {layer.name: LayerFormat.parse(assignment[layer.name]) for layer in stated.variant.structure.layers}
+        return [(name, f.weight_bits) for name, f in formats.items() if f.weight_bits is not None]
 
     def least_error(self, budgets: Sequence[Budget]) -> float:
         """Least relative error within ``budgets``. Raises BudgetError when no plan fits."""
-        problem = self._widest_variant().problem
-        caps = dict(problem.cap(budget) for budget in budgets)
-        found = optimise(build_programme(problem), ("loss",), caps, effort_for(problem, _TIME_LIMIT_S))
-        # Without a solution, allocate says why.
-        return found[0].totals.relative_error if found else allocate(problem, budgets).totals.relative_error
+        return self._optimum(self._widest(), budgets, ("error",)).totals.relative_error
 
     def frontier(self, dimension: Dimension, budgets: Sequence[Budget], points: int) -> tuple[Plan, ...]:
         """Plans of least error from the least ``dimension`` upwards; of those as good, the fastest (``TOLERATED``)."""
-        variant = self._widest_variant()
+        stated = self._widest()
         others = tuple(budget for budget in budgets if budget.dimension not in (dimension, "error"))
         plans: list[Plan] = []
         chosen: list[dict[str, str]] = []
-        for point in pareto(variant.problem, dimension, budgets, points):
+        for point in pareto(stated.problem, dimension, budgets, points):
             limits = (Budget(dimension, _used(point, dimension)), tolerated_error(point.totals.relative_error))
-            allocation = allocate(variant.problem, (*others, *limits), ("latency", "error"))
+            allocation = allocate(stated.problem, (*others, *limits), ("latency", "error"))
             # Neighbouring points can tolerate the same plan.
             if allocation.assignment not in chosen:
                 chosen.append(allocation.assignment)
-                plans.append(self._write(variant, allocation, budgets, ("error", "latency")))
+                plans.append(self._write(stated, allocation, budgets, ("error", "latency")))
         return tuple(plans)
 
+    # ---- solving ----------------------------------------------------------------------------------------------------
+    def _allocated(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> tuple[_Stated, Allocation]:
+        stated = self._widest()
+        choice = choose(stated.programme, budgets, objective, effort_for(stated.problem, _TIME_LIMIT_S))
+        opset = self._opset_of(choice.allocation, stated)
+        if opset < stated.variant.opset:
+            # The same formats may stand differently in the older file: solved anew unless they surely do not.
+            stated = self._state(self._variants.at(opset))
+            goal, caps = OBJECTIVE_COLUMNS[objective[0]], self._caps(stated.problem, budgets)
+            choice = carried(choice, stated.programme, goal, caps) or choose(
+                stated.programme, budgets, objective, effort_for(stated.problem, _TIME_LIMIT_S)
+            )
+        return stated, priced(choice, budgets, objective)
+
+    def _optimum(self, stated: _Stated, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Allocation:
+        """As ``allocate``, without what more budget would buy."""
+        return choose(stated.programme, budgets, objective, effort_for(stated.problem, _TIME_LIMIT_S)).allocation
+
+    def _caps(self, problem: AllocationProblem, budgets: Sequence[Budget]) -> dict[Column, float]:
+        return dict(problem.cap(budget) for budget in budgets)
+
+    def _calibrated(self, problem: AllocationProblem) -> Interactions | None:
+        return self._interactions.calibrated(table_losses(problem)) if self._interactions else None
+
     def _write(
-        self,
-        variant: _Variant,
-        allocation: Allocation,
-        budgets: Sequence[Budget],
-        objective: Sequence[Objective],
+        self, stated: _Stated, allocation: Allocation, budgets: Sequence[Budget], objective: Sequence[Objective]
     ) -> Plan:
         request = PlanRequest(
             source_sha256=self._measurements.source_sha256,
             budgets=budgets,
             objective=objective,
-            opset=variant.graph.opset,
-            ir_version=variant.graph.header.ir_version,
+            opset=stated.variant.opset,
+            ir_version=stated.variant.ir_version,
         )
+        known = self._calibrated(stated.problem)
+        loss = predicted_loss(stated.problem, allocation.assignment, known) if known else allocation.totals.loss
+        together = replace(allocation, totals=replace(allocation.totals, loss=loss))
         ranges = self._measurements.ranges
-        return write_plan(variant.formulation, variant.problem, allocation, ranges, variant.sizes, request)
+        return write_plan(stated.formulation, stated.problem, together, ranges, stated.variant.sizes, request)
 
-    # ---- opsets -----------------------------------------------------------------------------------------------------
-    def _widest_variant(self) -> _Variant:
-        """The lowest opset at which every allowed width has the storage that the target prefers; lower ones where the
-        model cannot be raised that far.
-        """
-        wanted = {self._storage_opset(bits) for bits in self._widths()} | {_LEAST_OPSET}
-        wanted |= {21} if any(bits > 8 for bits in self._activation_widths()) else set()
-        reasons = []
-        for opset in sorted(wanted, reverse=True):
-            try:
-                return self._variant(opset)
-            except PassError as error:
-                reasons.append(error)
-        if self._graph.opset >= _LEAST_OPSET:
-            return self._variant(self._graph.opset)
-        raise reasons[-1]
+    # ---- problems ---------------------------------------------------------------------------------------------------
+    def _widest(self) -> _Stated:
+        return self._state(self._variants.widest())
 
-    def _opset_of(self, allocation: Allocation, variant: _Variant) -> int:
-        """The least opset that expresses an allocation."""
-        formulation = variant.formulation
-        needed = {_LEAST_OPSET, self._graph.opset}
-        for layer in formulation.structure.layers:
-            text = allocation.assignment[layer.name]
-            if text != "f32":
-                needed.add(self._storage_opset(int(text[1:].split("a")[0])))
-        needed |= {21 for name, text in allocation.assignment.items() if text == "a16"}
-        return min(max(needed), variant.graph.opset)
+    def _state(self, variant: Variant) -> _Stated:
+        if variant.opset not in self._stated:
+            formulation = Formulation(
+                structure=variant.structure,
+                tensors=self._measurements.tensors,
+                errors=self._measurements.errors,
+                costs=variant.costs,
+                timeline=variant.timeline,
+                target=self._target,
+                allowed=self._allowed,
+                quantizable=frozenset(self._measurements.ranges),
+                float_size_bytes=self._measurements.source_size_bytes,
+                explicit=variant.explicit,
+            )
+            self._stated[variant.opset] = _Stated(variant, formulation, build_programme(formulation.problem()))
+        return self._stated[variant.opset]
 
-    def _storage_opset(self, bits: int) -> int:
-        return self._target.storage_for(bits).min_opset
-
-    def _widths(self) -> tuple[int, ...]:
-        stored = self._target.weights.stored_bits
-        allowed = self._allowed.weight_bits
-        return tuple(bits for bits in stored if allowed is None or bits in allowed)
-
-    def _allowed_activations(self) -> tuple[int, ...] | None:
-        allowed = self._allowed.activation_bits
-        return None if allowed is None else tuple(sorted(allowed))
-
-    def _activation_widths(self) -> tuple[int, ...]:
-        allowed = self._allowed.activation_bits
-        return tuple(bits for bits in self._target.activations if allowed is None or bits in allowed)
-
-    def _variant(self, opset: int) -> _Variant:
-        opset = max(opset, self._graph.opset)
-        if opset not in self._variants:
-            graph = run_pipeline(raise_to(opset), PassContext.of(self._graph)).graph
-            analyses = AnalysisManager(graph, AnalysisInputs(target=self._target))
-            analyses.put(RecordedTensors(), self._measurements.tensors)
-            formulation = self._formulation(analyses)
-            self._variants[opset] = _Variant(graph, formulation, formulation.problem(), analyses.get(SizeModels))
-        return self._variants[opset]
-
-    def _formulation(self, analyses: AnalysisManager) -> Formulation:
-        return Formulation(
-            structure=analyses.get(GraphStructure),
-            tensors=self._measurements.tensors,
-            errors=self._measurements.errors,
-            costs=analyses.get(CostTables(self._widths(), self._allowed_activations())),
-            timeline=analyses.get(MemoryTimeline),
-            target=self._target,
-            allowed=self._allowed,
-            quantizable=frozenset(self._measurements.ranges),
-            float_size_bytes=self._measurements.source_size_bytes,
-            explicit=explicit_movers(analyses.get(GraphStructure), self._target),
-        )
+    def _opset_of(self, allocation: Allocation, stated: _Stated) -> int:
+        layers = [LayerFormat.parse(allocation.assignment[layer.name]) for layer in stated.variant.structure.layers]
+        return min(self._variants.least_opset(layers, allocation.assignment.values()), stated.variant.opset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lcpaq_onnx.allocation.allocate import Objective
@@ -13,6 +13,8 @@ from lcpaq_onnx.planning.bench import Bench
 from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.planner import NEGLIGIBLE_RELATIVE_ERROR, Planner, tolerated_error
+from lcpaq_onnx.planning.refinement import refined
+from lcpaq_onnx.tables import Measurements, Sensitivity
 from lcpaq_onnx.targets.target import Target
 from lcpaq_onnx.verification.measure import MeasuredError
 
@@ -65,11 +67,14 @@ class Goal:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The emitted graph, its plan, and its error on all calibration data."""
+    """The emitted graph, its plan, and its error on all calibration data. ``sensitivity``: how the plan's errors were
+    found; None where it rests on none.
+    """
 
     graph: Graph
     plan: Plan
     measured: MeasuredError
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +86,20 @@ class _Site:
     target: Target
     emit: Emit
 
-    def attempt(self, plan: Plan) -> Outcome:
+    def attempt(self, plan: Plan, planner: Planner) -> Outcome:
         emitted = self.emit(self.graph, plan)
-        return Outcome(emitted, plan, self.bench.error_of(emitted))
+        return Outcome(emitted, plan, self.bench.error_of(emitted), planner.sensitivity)
+
+    def refined_planner(self, allowed: Allowed, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Planner:
+        """A planner whose errors are measured where the best plan within ``budgets`` depends on them."""
+        first = self.planner(self.bench.ranges_only(), allowed)
+        stored = self.target.weights.stored_bits
+        widths = [bits for bits in stored if allowed.weight_bits is None or bits in allowed.weight_bits]
+        found = refined(self.bench, widths, lambda measured: first.remeasured(measured).weight_bits(budgets, objective))
+        return first.remeasured(found.measurements, self.bench.interactions(found.entries, found.samples))
+
+    def planner(self, measurements: Measurements, allowed: Allowed) -> Planner:
+        return Planner(self.graph, measurements, self.target, allowed)
 
 
 def search_plan(graph: Graph, bench: Bench, target: Target, goal: Goal, emit: Emit) -> Outcome:
@@ -94,10 +110,16 @@ def search_plan(graph: Graph, bench: Bench, target: Target, goal: Goal, emit: Em
     site = _Site(graph, bench, target, emit)
     if goal.is_default:
         return _fastest_within_default(site, goal.allowed)
-    planner = Planner(graph, bench.everything(goal.allowed.weight_bits), target, goal.allowed)
+    planner = site.refined_planner(goal.allowed, goal.budgets, goal.objectives)
     if goal.error_budget is not None:
         return _within_error_budget(site, planner, goal, goal.error_budget)
-    return site.attempt(plan_for(planner, goal))
+    outcome = site.attempt(plan_for(planner, goal), planner)
+    other = exchanged_plan_for(planner, goal)
+    if other is None:
+        return outcome
+    # Cross terms of few samples are noisy: only the measured error tells whether the exchange was one for the better.
+    exchanged = site.attempt(other, planner)
+    return exchanged if exchanged.measured.is_clearly_below(outcome.measured) else outcome
 
 
 def plan_for(planner: Planner, goal: Goal) -> Plan:
@@ -107,34 +129,59 @@ def plan_for(planner: Planner, goal: Goal) -> Plan:
     up for error that nobody can see: the fastest plan whose error is within a tenth of the least, or within the
     default. Raises BudgetError when none fits.
     """
+    asked = _asked(planner, goal)
+    return asked.state(planner.plan(asked.budgets, asked.objectives))
+
+
+def exchanged_plan_for(planner: Planner, goal: Goal) -> Plan | None:
+    """``plan_for`` after an exchange of widths between layers by cross terms; None where that promises nothing."""
+    asked = _asked(planner, goal)
+    plan = planner.exchanged(asked.budgets, asked.objectives)
+    return None if plan is None else asked.state(plan)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the planner is asked for, and what the plan says that the user asked for."""
+
+    budgets: tuple[Budget, ...]
+    objectives: tuple[Objective, ...]
+    stated_budgets: tuple[str, ...]
+    stated_objective: tuple[str, ...]
+
+    def state(self, plan: Plan) -> Plan:
+        return plan.model_copy(update={"budgets": self.stated_budgets, "objective": self.stated_objective})
+
+
+def _asked(planner: Planner, goal: Goal) -> _Asked:
+    stated = tuple(map(str, goal.budgets))
     if goal.objective is not None or goal.error_budget is not None:
-        return planner.plan(goal.budgets, goal.objectives)
+        return _Asked(goal.budgets, goal.objectives, stated, goal.objectives)
     least = planner.least_error(goal.budgets)
     limit = tolerated_error(least)
-    plan = planner.plan((*goal.budgets, limit), _OBJECTIVES["latency"])
     objective = (f"latency at error<={limit.limit:.3g}% (the least is {100 * least:.3g}%)", "error")
-    return plan.model_copy(update={"budgets": tuple(map(str, goal.budgets)), "objective": objective})
+    return _Asked((*goal.budgets, limit), _OBJECTIVES["latency"], stated, objective)
 
 
 def _fastest_within_default(site: _Site, allowed: Allowed) -> Outcome:
     """The fastest plan that stays within the default error. Sensitivities are measured only if the first fails."""
     allowed = allowed if allowed.weight_bits else replace(allowed, weight_bits=_widest(site.target))
-    first = Planner(site.graph, site.bench.ranges_only(), site.target, allowed).plan((), ("latency", "size"))
-    outcome = site.attempt(first)
+    first = site.planner(site.bench.ranges_only(), allowed)
+    outcome = site.attempt(first.plan((), ("latency", "size")), first)
     if _is_good_enough(outcome.measured):
         return outcome
-    planner = Planner(site.graph, site.bench.everything(allowed.weight_bits), site.target, allowed)
     limit = DEFAULT_RELATIVE_ERROR
+    planner = site.refined_planner(allowed, (Budget("error", 100 * limit, "percent"),), _FASTEST)
     for _ in range(_ROUNDS):
         plan = planner.plan((Budget("error", 100 * limit, "percent"),), _FASTEST)
         # The limit is this loop's, not the user's.
-        outcome = site.attempt(plan.model_copy(update={"budgets": ()}))
+        outcome = site.attempt(plan.model_copy(update={"budgets": ()}), planner)
         if _is_good_enough(outcome.measured):
             return outcome
         predicted = outcome.plan.predicted.relative_error or limit
         correction = _MARGIN * DEFAULT_RELATIVE_ERROR / max(outcome.measured.relative_error, 1e-12)
         limit = min(limit, predicted) * min(correction, _STEP)
-    return site.attempt(planner.plan((), ("error", "latency", "size")))
+    return site.attempt(planner.plan((), ("error", "latency", "size")), planner)
 
 
 def _widest(target: Target) -> frozenset[int]:
@@ -164,7 +211,7 @@ def _within_error_budget(site: _Site, planner: Planner, goal: Goal, budget: Budg
             break
         # The plan answers to the user's budget, not to the corrected one.
         plan = plan.model_copy(update={"budgets": tuple(map(str, goal.budgets))})
-        outcome = site.attempt(plan)
+        outcome = site.attempt(plan, planner)
         value = _budgeted(outcome.measured, budget)
         if value <= budget.limit:
             return outcome

@@ -34,7 +34,17 @@ from lcpaq_onnx.runtime.sample_sources import (
 )
 from lcpaq_onnx.runtime.session import Session, TensorSpec
 
-__all__ = ["CalibrationData", "Feed", "Source", "is_batchable", "open_calibration", "random_data"]
+__all__ = [
+    "CalibrationData",
+    "Feed",
+    "Source",
+    "feed_digest",
+    "is_batchable",
+    "joined_feed",
+    "open_calibration",
+    "random_data",
+    "stacks",
+]
 
 Source = (
     str
@@ -99,23 +109,38 @@ class CalibrationData:
 
         A sample with a 0-d input stays alone: there is no axis to join on. See ``is_batchable``.
         """
-        pending: list[Feed] = []
-        for feed in self:
-            if pending and (len(pending) == size or not _joinable(pending[0], feed)):
-                yield _join(pending)
-                pending = []
-            pending.append(feed)
-        if pending:
-            yield _join(pending)
+        return (joined_feed(feeds) for feeds in stacks(self, size))
 
     def fingerprint(self) -> str:
         """sha256 over names, types, shapes and bytes of all feeds, in hex; reads all data once."""
         digest = hashlib.sha256()
         for feed in self:
-            for name, array in feed.items():
-                digest.update(f"{name}\0{array.dtype.str}\0{array.dtype.name}\0{array.shape}\0".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
+            feed_digest(digest, feed)
         return digest.hexdigest()
+
+
+def stacks(feeds: Iterable[Feed], size: int) -> Iterator[list[Feed]]:
+    """Consecutive feeds that can be joined, at most ``size`` of them."""
+    pending: list[Feed] = []
+    for feed in feeds:
+        if pending and (len(pending) == size or not _joinable(pending[0], feed)):
+            yield pending
+            pending = []
+        pending.append(feed)
+    if pending:
+        yield pending
+
+
+def joined_feed(feeds: Sequence[Feed]) -> Feed:
+    """The feeds joined on axis 0."""
+    return feeds[0] if len(feeds) == 1 else {n: np.concatenate([feed[n] for feed in feeds]) for n in feeds[0]}
+
+
+def feed_digest(digest: hashlib._Hash, feed: Feed) -> None:
+    """Add names, types, shapes and bytes of ``feed`` to ``digest``."""
+    for name, array in feed.items():
+        digest.update(f"{name}\0{array.dtype.str}\0{array.dtype.name}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def open_calibration(source: Source, inputs: Sequence[TensorSpec], *, samples: int | None = None) -> CalibrationData:
@@ -166,7 +191,7 @@ def is_batchable(session: Session, data: CalibrationData, tolerance: float = 1e-
     first, second = _unlike_pair(data)
     singles = [session.run(first), session.run(second)]
     try:
-        together = session.run(_join([first, second]))
+        together = session.run(joined_feed([first, second]))
     except LcpaqError:
         return False
     return all(_stacks([single[name] for single in singles], out, tolerance) for name, out in together.items())
@@ -215,10 +240,6 @@ def _open_python(
 
 def _joinable(first: Feed, second: Feed) -> bool:
     return all(array.ndim > 0 and array.shape == second[name].shape for name, array in first.items())
-
-
-def _join(feeds: Sequence[Feed]) -> Feed:
-    return feeds[0] if len(feeds) == 1 else {n: np.concatenate([feed[n] for feed in feeds]) for n in feeds[0]}
 
 
 def _unlike_pair(data: CalibrationData) -> tuple[Feed, Feed]:

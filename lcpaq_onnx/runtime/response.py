@@ -7,28 +7,26 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from lcpaq_onnx.graph.response import grouped_response_model
-from lcpaq_onnx.runtime.session import Session
+from lcpaq_onnx.graph.response import grouped_response_model, product_model
+from lcpaq_onnx.runtime.session import Session, SessionOptions
 
-__all__ = ["LayerResponse", "draws_for"]
+__all__ = ["LayerResponse"]
 
 Float = NDArray[np.float32]
-
-_DRAW_BYTES = 256 << 20
-
-
-def draws_for(samples: int, weight_elements: int) -> int:
-    """How many weight draws share ``samples`` samples: one each unless they would not fit in 256 MiB."""
-    affordable = max(1, _DRAW_BYTES // (4 * weight_elements))
-    return next(draws for draws in range(min(samples, affordable), 0, -1) if samples % draws == 0)
 
 
 class LayerResponse:
     """δ∗x of one layer (Conv, ConvTranspose, Gemm, MatMul); linear, so it is exact for any size of δ."""
 
-    def __init__(self, op: str, attrs: Mapping[str, object]) -> None:
-        self._op, self._attrs = op, attrs
+    def __init__(
+        self,
+        op: str,
+        attrs: Mapping[str, object],
+        options: SessionOptions = SessionOptions(),  # noqa: B008 - a frozen value
+    ) -> None:
+        self._op, self._attrs, self._options = op, attrs, options
         self._sessions: dict[tuple[int, int], Session] = {}
+        self._product_session: Session | None = None
 
     def __call__(self, x: Float, v: Float) -> Float:
         """``x``: the layer's input, samples on axis 0. ``v``: [draws, *weight shape]; draws divide the samples and
@@ -53,18 +51,25 @@ class LayerResponse:
             alpha = float(str(self._attrs.get("alpha", 1.0)))
         draws = len(v)
         if draws == 1:
-            y: Float = np.matmul(x, v[0])
+            y = self._matmul(x, v[0])
         else:
             # MatMul broadcasts leading axes from the right; the draws stay in front.
             split = x.reshape(draws, len(x) // draws, *x.shape[1:])
             leading = (1,) * (split.ndim - v.ndim)
-            y = np.matmul(split, v.reshape(draws, *leading, *v.shape[1:]))
+            y = self._matmul(split, v.reshape(draws, *leading, *v.shape[1:]))
             y = y.reshape(len(x), *y.shape[2:])
         return y if alpha == 1.0 else y * np.float32(alpha)
+
+    def _matmul(self, a: Float, b: Float) -> Float:
+        # Not numpy's: its BLAS brings threads of its own, and other sums on other machines.
+        if self._product_session is None:
+            self._product_session = Session(product_model(), self._options)
+        y: Float = self._product_session.run({"a": a, "b": b})["y"]
+        return y
 
     def _session(self, rank: int, draws: int) -> Session:
         key = (rank, draws)
         if key not in self._sessions:
             model = grouped_response_model(self._op, self._attrs, rank, draws)
-            self._sessions[key] = Session(model)
+            self._sessions[key] = Session(model, self._options)
         return self._sessions[key]

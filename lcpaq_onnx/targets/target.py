@@ -95,36 +95,33 @@ class Target(FrozenModel):
 
     def layer_formats(self, op: str) -> tuple[LayerFormat, ...]:
         """Formats a layer of operator ``op`` may have: float, then widest first. Unknown operators: float only."""
-        rule = self.operators.get(op)
-        modes: list[int | None] = []
-        if rule is not None:
-            modes = [
-                None if m == "weight-only" else int(m[1:]) for m, value in rule.layers.items() if value != "illegal"
-            ]
-        formats = [
-            LayerFormat(bits, activation)
-            for activation in modes
-            for bits in self.weights.stored_bits
-            if bits in self.weights.integer_bits or not self._mode(op, activation).startswith("int")
-        ]
-        formats.sort(key=lambda f: (-(f.weight_bits or 0), -(f.activation_bits or 32)))
-        return (FLOAT_LAYER, *formats)
+        return (FLOAT_LAYER, *self._executed.get(op, ()))
 
     def executed(self, op: str, layer_format: LayerFormat) -> Executed:
         """What the kernel computes in. Raises TargetError for a format that is not legal for ``op``."""
         if layer_format.is_float:
             return "f32"
-        formats = self.layer_formats(op)
-        if layer_format not in formats:
-            raise TargetError(
-                f"target '{self.name}': {op} cannot be {layer_format}", hint=f"use one of {' '.join(map(str, formats))}"
-            )
-        return self._mode(op, layer_format.activation_bits)
+        executed = self._executed.get(op, {}).get(layer_format)
+        if executed is None:
+            known = " ".join(map(str, self.layer_formats(op)))
+            raise TargetError(f"target '{self.name}': {op} cannot be {layer_format}", hint=f"use one of {known}")
+        return executed
 
-    def _mode(self, op: str, activation_bits: int | None) -> Executed:
-        value = self.operators[op].layers["weight-only" if activation_bits is None else f"a{activation_bits}"]
-        assert value != "illegal"
-        return value
+    @cached_property
+    def _executed(self) -> dict[str, dict[LayerFormat, Executed]]:
+        """Operator → legal formats other than float, widest first, and what each computes in."""
+        return {op: self._executed_by(rule) for op, rule in self.operators.items()}
+
+    def _executed_by(self, rule: OperatorRule) -> dict[LayerFormat, Executed]:
+        legal = {
+            LayerFormat(bits, None if mode == "weight-only" else int(mode[1:])): executed
+            for mode, executed in rule.layers.items()
+            for bits in self.weights.stored_bits
+            if executed != "illegal" and (bits in self.weights.integer_bits or not executed.startswith("int"))
+        }
+        return dict(
+            sorted(legal.items(), key=lambda item: (-(item[0].weight_bits or 0), -(item[0].activation_bits or 32)))
+        )
 
     def runs_integer(self, op: str, activation_bits: int, attributes: Mapping[str, object] | None = None) -> bool:
         """Whether an operator without weights has an integer kernel between Q/DQ of ``activation_bits``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,32 @@ Outputs = dict[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class MeasuredError:
-    """Means over ``samples``. ``relative_error``: root mean square error over the output's scale (its range).
-    ``agreement``: share of decisions kept, None where outputs are not class scores.
+    """Means over ``samples``, and ``losses`` of each. ``relative_error``: root mean square error over the output's scale
+    (its range). ``agreement``: share of decisions kept, None where outputs are not class scores.
     """
 
-    loss: float
-    loss_stderr: float
+    losses: NDArray[np.float64] = field(compare=False, repr=False)
     relative_error: float
     agreement: float | None
-    samples: int
+
+    @property
+    def samples(self) -> int:
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def loss_stderr(self) -> float:
+        return float(self.losses.std(ddof=1) / np.sqrt(self.samples)) if self.samples > 1 else 0.0
+
+    def is_clearly_below(self, other: MeasuredError) -> bool:
+        """Whether the loss is lower than that of ``other``, on the same samples, by two standard errors of the mean
+        difference.
+        """
+        gain = other.losses - self.losses
+        return bool(gain.mean() > 2 * gain.std(ddof=1) / np.sqrt(len(gain))) if len(gain) > 1 else False
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +69,7 @@ def measure_error(session: Session, pairs: Iterable[tuple[Feed, Outputs]], refer
             kept += agreement(expected, outputs) * len(loss)
     all_losses, all_squared = np.concatenate(losses), np.concatenate(squared)
     return MeasuredError(
-        loss=float(all_losses.mean()),
-        loss_stderr=float(all_losses.std(ddof=1) / np.sqrt(samples)) if samples > 1 else 0.0,
+        losses=all_losses,
         relative_error=float(np.sqrt(all_squared.mean())),
         agreement=kept / samples if reference.decides else None,
-        samples=samples,
     )

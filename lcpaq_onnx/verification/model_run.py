@@ -15,6 +15,7 @@ from lcpaq_onnx.runtime.calibration import CalibrationData, is_batchable
 from lcpaq_onnx.runtime.kernels import Realisation, open_observed, realised_kernels
 from lcpaq_onnx.runtime.session import Session, SessionOptions
 from lcpaq_onnx.runtime.stopwatch import PairedTiming, time_pair
+from lcpaq_onnx.tables import Sensitivity
 from lcpaq_onnx.targets.target import Target
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
 from lcpaq_onnx.verification.report import Check, LatencyMeasure, Totals
@@ -47,7 +48,7 @@ class VerifyOptions:
 class Known:
     """What the caller has already, so that it need not be measured again. ``macs``: by layer, one sample.
     ``measured``: error of the very model that is emitted, against ``reference`` with the loss ``loss_name`` (all three
-    or none). ``base_dir``: folder of the external data of an original given as proto. ``emitted_name``: file name for
+    or none). ``sensitivity``: how the plan's errors were found. ``base_dir``: folder of the external data of an original given as proto. ``emitted_name``: file name for
     the report, where the emitted file is a temporary one.
     """
 
@@ -57,6 +58,7 @@ class Known:
     loss_name: str = ""
     base_dir: Path | None = None
     emitted_name: str = ""
+    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ def render_text(report: Report, width: int = 132) -> str:
         _layers(report, width),
         _activations(report, width),
         _proof(report, width),
+        _sensitivity(report, width),
         _checks(report, width),
         _environment(report, width),
     ]
@@ -191,10 +192,28 @@ def _proof(report: Report, width: int) -> list[str]:
     goal = f"least {', then '.join(report.objective)}" if report.objective else "plan"
     within = f" within {', '.join(report.budgets)}" if report.budgets else ""
     lines = [f"Plan: {goal}{within}; {state} under its model of error and cost, by {proof.solver}"]
-    return [
-        *_wrap(lines[0], width, "  "),
-        *(part for p in proof.shadow_prices for part in _wrap(f"  {p}", width, "  ")),
+    lines += [f"  {price}" for price in proof.shadow_prices]
+    if proof.exchanged:
+        lines.append(f"  then, by cross terms and with a lower measured error: {'; '.join(proof.exchanged)}")
+    return [part for line in lines for part in _wrap(line, width, "  ")]
+
+
+def _sensitivity(report: Report, width: int) -> list[str]:
+    found = report.sensitivity
+    if found is None:
+        return []
+    lines = [
+        f"Errors: by {found.estimator}, {found.measured_entries} of {found.entries} layers x widths measured on"
+        f" {found.samples} samples"
     ]
+    if found.rank_correlation is not None:
+        low, high = found.rank_correlation_low or 0.0, found.rank_correlation_high or 0.0
+        lines.append(
+            f"  audit: {len(found.audit_measured)} random plans, predicted against measured: rank correlation"
+            f" {found.rank_correlation:.2f} ({low:.2f} to {high:.2f} with 95 % confidence)"
+        )
+    lines += [f"  {found.note}"] if found.note else []
+    return [part for line in lines for part in _wrap(line, width, "  ")]
 
 
 def _checks(report: Report, width: int) -> list[str]:

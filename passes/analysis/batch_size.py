@@ -17,15 +17,18 @@ __all__ = ["BatchSize"]
 
 @dataclass(frozen=True)
 class BatchSize(Analysis[int]):
-    """1 where samples cannot be stacked; else as many, at most ``most``, as keep a batch below ``limit_mb``."""
+    """1 where samples cannot be stacked; else as many, at most ``most``, as keep a batch's tensors in memory, a power of
+    two.
+    """
 
     name: ClassVar[str] = "batch-size"
     most: int = 32
-    limit_mb: int = 256
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> int:
         session = Session(to_proto(graph), base_dir=graph.base_dir)
         if not is_batchable(session, analyses.inputs.samples()):
             return 1
         sample_bytes = 4 * sum(tensor.elements for tensor in analyses.get(RecordedTensors).values())
-        return max(1, min(self.most, (self.limit_mb << 20) // max(1, sample_bytes)))
+        count = max(1, min(self.most, analyses.inputs.resources.batch_bytes // max(1, sample_bytes)))
+        # A power of two: a little more or less free memory does not change it, and with it the last digits of results.
+        return int(2 ** (count.bit_length() - 1))

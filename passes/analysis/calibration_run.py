@@ -10,7 +10,7 @@ import numpy as np
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.losses import LossName, OutputScale, OutputScaleStream, choose_loss
+from lcpaq_onnx.numeric.losses import BuiltinLoss, OutputScale, OutputScaleStream, fitting_loss
 from lcpaq_onnx.numeric.ranges import StreamingHistogram
 from lcpaq_onnx.runtime.session import Session
 
@@ -25,11 +25,12 @@ _ANSWER_BYTES = 64 << 20
 @dataclass(frozen=True, eq=False)
 class CalibrationStatistics:
     """``histograms``: by activation group; groups that hold infinities or NaN are absent. ``loss``: what fits the
-    outputs. ``answers``: the float model's outputs batch by batch, as long as they fit in memory.
+    outputs, judged by those of ``answers``. ``answers``: the float model's outputs batch by batch, as long as they fit
+    in memory.
     """
 
     histograms: dict[str, StreamingHistogram]
-    loss: LossName
+    loss: BuiltinLoss
     output_scale: OutputScale
     samples: int
     answers: tuple[dict[str, np.ndarray], ...]
@@ -49,7 +50,7 @@ class CalibrationRun(Analysis[CalibrationStatistics]):
         groups = [group.name for group in structure.candidates()]
         session = Session(with_outputs(model, [name for name in groups if name not in fed]), base_dir=graph.base_dir)
         histograms = {name: StreamingHistogram() for name in groups}
-        scale, loss, samples = OutputScaleStream(), None, 0
+        scale, samples = OutputScaleStream(), 0
         answers: list[dict[str, np.ndarray]] = []
         answer_bytes = 0
         batch_size = analyses.get(BatchSize)
@@ -64,10 +65,11 @@ class CalibrationRun(Analysis[CalibrationStatistics]):
                 teacher = {name: values[name] for name in outputs if name in values}
                 scale.update(teacher)
                 answer_bytes += sum(value.nbytes for value in teacher.values())
-                if answer_bytes <= _ANSWER_BYTES:
+                if answer_bytes <= _ANSWER_BYTES or not answers:
                     answers.append(teacher)
-                loss = loss or choose_loss([teacher])
                 batch = len(next(iter(feed.values()))) if batch_size > 1 else 1
                 samples += batch
                 advance(batch)
-        return CalibrationStatistics(histograms, loss or "squared-error", scale.result(), samples, tuple(answers))
+        output_scale = scale.result()
+        loss = fitting_loss(answers, output_scale)
+        return CalibrationStatistics(histograms, loss, output_scale, samples, tuple(answers))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import ClassVar
 
-import networkx as nx
 import numpy as np
 
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.query import dataflow, nodes_by_name, reads
+from lcpaq_onnx.graph.query import nodes_by_name, predecessors, reads
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.tables import LiveStep
 
@@ -35,8 +37,7 @@ class MemoryTimeline(Analysis[tuple[LiveStep, ...]]):
         structure = analyses.get(GraphStructure)
         group_of = structure.group_of()
         nodes = nodes_by_name(graph)
-        position = {name: index for index, name in enumerate(nodes)}
-        schedule = list(nx.lexicographical_topological_sort(dataflow(graph), key=position.__getitem__))
+        schedule = _schedule(predecessors(graph))
         born = {tensor.name: 0 for tensor in graph.inputs}
         last = {tensor.name: 0 for tensor in graph.inputs}
         for step, name in enumerate(schedule):
@@ -54,3 +55,19 @@ class MemoryTimeline(Analysis[tuple[LiveStep, ...]]):
             else:
                 fixed[born[name] : last[name] + 1] += recorded[name].bytes
         return tuple(LiveStep(node, int(fixed[i]), dict(sorted(groups[i].items()))) for i, node in enumerate(schedule))
+
+
+def _schedule(predecessors: Mapping[str, Collection[str]]) -> list[str]:
+    """The first topological order: of the nodes that can come next, always the one that the graph lists first."""
+    names = list(predecessors)
+    position = {name: index for index, name in enumerate(names)}
+    sorter = TopologicalSorter(predecessors)
+    sorter.prepare()
+    ready: list[int] = []
+    schedule = []
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, position[name])
+        schedule.append(names[heapq.heappop(ready)])
+        sorter.done(schedule[-1])
+    return schedule

@@ -5,53 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.rounding import round_nearest
-from lcpaq_onnx.runtime.response import LayerResponse
-from lcpaq_onnx.runtime.suffix_runner import ChangeLoss, joined
+from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.tables import ErrorEntry
 
 from .graph_structure import GraphStructure
-from .suffixes import Suffixes, teacher_of
+from .prober import Probe, Prober
 
-__all__ = ["RoundingErrors"]
+__all__ = ["RoundingErrors", "WeightEntry", "every_entry"]
+
+WeightEntry = tuple[str, int]
+"""A layer's name and a stored width."""
 
 
 @dataclass(frozen=True)
-class RoundingErrors(Analysis[dict[str, dict[int, ErrorEntry]]]):
-    """Layer → width → error, with the rounding that ``round-weights`` applies.
+class RoundingErrors(Analysis[dict[WeightEntry, ErrorEntry]]):
+    """Error of each of ``entries``, with the rounding that ``round-weights`` applies.
 
     The rounding error δ is a direction like any other: it adds ``δ∗x`` to the layer's output and what follows runs. At
     few bits it is far from the random directions of a Hessian probe, and large enough for higher orders to matter.
     """
 
     name: ClassVar[str] = "rounding-errors"
-    bits: tuple[int, ...] = (2, 3, 4)
-    samples: int = 128
+    entries: frozenset[WeightEntry] = frozenset()
+    samples: int = 64
 
-    def run(self, graph: Graph, analyses: AnalysisManager) -> dict[str, dict[int, ErrorEntry]]:
-        layers = analyses.get(GraphStructure).layers
-        nodes = nodes_by_name(graph)
-        teacher = teacher_of(analyses)
-        starts, inputs = [layer.raw_output for layer in layers], [layer.input for layer in layers]
-        suffixes = Suffixes(graph, analyses, starts, inputs, self.samples)
-        results: dict[tuple[str, int], list[ChangeLoss]] = {
-            (layer.name, bits): [] for layer in layers for bits in self.bits
-        }
-        with analyses.inputs.progress.track("rounding layers", len(layers) * suffixes.round_count) as advance:
-            for batches in suffixes.rounds():
-                for layer in layers:
-                    weight = weight_values(nodes[layer.name], layer)
-                    respond = LayerResponse(layer.op, nodes[layer.name].attrs)
-                    behind = suffixes.open(layer.raw_output, teacher)
-                    for bits in self.bits:
-                        rounded = round_nearest(weight, QFormat(bits=bits, axis=layer.channel_axis)).dequantized()
-                        error = (rounded - weight)[None]
-                        for batch in batches:
-                            moved = batch.floats(layer.raw_output) + respond(batch.floats(layer.input), error)
-                            results[layer.name, bits].append(behind.evaluate(batch, moved))
-                    advance(1)
-        return {layer.name: {bits: joined(results[layer.name, bits]).entry() for bits in self.bits} for layer in layers}
+    def run(self, graph: Graph, analyses: AnalysisManager) -> dict[WeightEntry, ErrorEntry]:
+        probes = self.probes(analyses)
+        found = Prober(graph, analyses, self.samples).measure(list(probes.values()))
+        return {entry: found[probe].entry() for entry, probe in probes.items()}
+
+    def probes(self, analyses: AnalysisManager) -> dict[WeightEntry, Probe]:
+        """What ``run`` asks for, in an order of its own."""
+        start = {layer.name: layer.raw_output for layer in analyses.get(GraphStructure).layers}
+        return {(name, bits): Probe(start[name], Rounding(bits)) for name, bits in sorted(self.entries)}
+
+
+def every_entry(analyses: AnalysisManager, bits: tuple[int, ...]) -> frozenset[WeightEntry]:
+    """All layers at all of ``bits``."""
+    return frozenset((layer.name, width) for layer in analyses.get(GraphStructure).layers for width in bits)
