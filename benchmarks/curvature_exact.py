@@ -39,9 +39,9 @@ def run_exact(*, quick: bool) -> Part:
     """``quick``: fewer probes, so that their own noise of about a per cent shows."""
     rng = np.random.default_rng(1)
     weights: dict[str, Float] = {
-        "stem": rng.normal(size=(4, 2, 3, 3)).astype(np.float32) / 2,
+        "stem": (rng.normal(size=(4, 2, 3, 3)) / 2).astype(np.float32),
         "dw": rng.normal(size=(4, 1, 3, 3)).astype(np.float32),
-        "fc": rng.normal(size=(4, 3)).astype(np.float32) * 2,
+        "fc": (rng.normal(size=(4, 3)) * 2).astype(np.float32),
     }
     x = rng.normal(size=(_SAMPLES, 2, 5, 5)).astype(np.float32)
     model = parser.parse_model(_GRAPH)
@@ -67,7 +67,7 @@ def _compared(model: onnx.ModelProto, x: Float, weights: dict[str, Float], probe
         rows[layer.name] = {
             "trace": found.trace,
             "exact_trace": float(exact.sum()),
-            "trace_error": abs(found.trace / exact.sum() - 1),
+            "trace_error": abs(found.trace / float(exact.sum()) - 1),
             "channel_error": float(np.abs(np.asarray(found.channel_mean) - channels).max() / channels.max()),
             "rounding_error": max(abs(measured[layer.name, bits].loss / losses[bits] - 1) for bits in _WIDTHS),
         }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lcpaq_onnx.budget import Budget
     from lcpaq_onnx.compiler import (
         DEFAULT_TARGET,
+        Execution,
         Quantized,
         Settings,
         allocate,
@@ -54,6 +55,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "CheckError",
+    "Execution",
     "Graph",
     "LcpaqError",
     "Measurements",
@@ -89,8 +91,8 @@ _ERRORS = (
     *("ModelError", "PassError", "TargetError", "UsageError"),
 )
 _STEPS = (
-    *("DEFAULT_TARGET", "Quantized", "Settings", "allocate", "analyze", "apply", "frontier", "prepare", "quantize"),
-    "verify",
+    *("DEFAULT_TARGET", "Execution", "Quantized", "Settings", "allocate", "analyze", "apply", "frontier", "prepare"),
+    *("quantize", "verify"),
 )
 # Public name -> module and name there.
 _HOMES: dict[str, tuple[str, str]] = {

@@ -134,8 +134,8 @@ class LiveStep:
 @dataclass(frozen=True)
 class Audit:
     """The error table against the truth: losses of random plans (stored widths drawn at random, activations in float),
-    ``predicted`` by the table and ``measured`` whole on ``samples`` samples; Spearman's rank correlation of the two with
-    its 95 % confidence interval.
+    ``predicted`` by the table and ``measured`` whole, on samples that the table has not seen where there are more than
+    its ``samples``; Spearman's rank correlation of the two with its 95 % confidence interval.
     """
 
     predicted: tuple[float, ...]

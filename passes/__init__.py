@@ -81,6 +81,7 @@ BUILTIN_ANALYSES: dict[str, str] = {
     "random-plans": "lcpaq_onnx.passes.analysis.audit:RandomPlans",
     "reliability": "lcpaq_onnx.passes.analysis.reliability:Reliability",
     "rounding-errors": "lcpaq_onnx.passes.analysis.rounding_errors:RoundingErrors",
+    "rounding-power": "lcpaq_onnx.passes.analysis.error_table:RoundingPower",
     "size-model": "lcpaq_onnx.passes.analysis.cost_table:SizeModels",
 }
 

@@ -159,9 +159,143 @@ def test_random_data_warn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_verbose_reports_stretches_of_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = call(capsys, "analyze", MODEL, "--calibration", DATA, *FEW, "-v", "-o", tmp_path / "a.json")
+    words = ("--calibration", DATA, *FEW, "--budget", "size<=0.3x", "--no-cache", "-v", "-o", tmp_path / "o.onnx")
+    done = call(capsys, "quantize", MODEL, *words)
     assert done.code == 0
-    assert " steps in " in done.err
+    assert "lcpaq: calibrating: 32 steps in " in done.err
+    assert re.search(r"^lcpaq: probing: \d+ steps? in ", done.err, re.MULTILINE)
+
+
+# ---- where and how it runs ------------------------------------------------------------------------------------------
+def test_an_analysis_is_kept_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same file again, under any workers, memory and name of the data; other data and settings are another one."""
+    data = tmp_path / "again.npz"
+    data.write_bytes(DATA.read_bytes())
+    words = ("--cache", tmp_path / "cache", *FEW, "-v")
+
+    def analyze(name: str, source: Path, *more: object) -> Done:
+        return call(capsys, "analyze", MODEL, "--calibration", source, *words, *more, "-o", tmp_path / name)
+
+    first = analyze("1.json", DATA)
+    assert (first.code, "probing" in first.err) == (0, True), first.err
+    second = analyze("2.json", data, "--workers", "serial", "--max-memory", "1GB")
+    assert second.code == 0
+    assert second.err.startswith("lcpaq: analysis from the store: 1 step in ")
+    assert len(second.err.splitlines()) == 1
+    documents = [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("1.json", "2.json")]
+    assert [document.pop("calibration") for document in documents] == [
+        "npz digits_calibration.npz (first 32 of 256 samples; ignored: label)",
+        "npz again.npz (first 32 of 256 samples; ignored: label)",
+    ]
+    assert documents[0] == documents[1]
+    for more in (("--samples", 31), ("--estimator", "hessian-diagonal"), ("--range", "minmax"), ("--seed", 1)):
+        assert "from the store" not in analyze("3.json", DATA, *more).err, more
+    listed = json.loads(call(capsys, "cache", "list", "--cache", tmp_path / "cache", "--json").out)
+    assert [(e["model"], e["entries"]) for e in listed["entries"] if e["what"] == "analysis"] == [(MODEL.name, 5)]
+
+
+def test_plan_and_pareto_take_the_analysis_from_the_cache(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``folder`` analysed the same: the model is not run, and the answers are those from the analysis' file."""
+    kept, saved = ("--calibration", DATA, *FEW), ("--analysis", folder / "net.analysis.json")
+    budget = ("--budget", "size<=0.25x")
+    done = call(capsys, "plan", MODEL, *kept, *budget, "-v", "-o", tmp_path / "1.json")
+    assert done.code == 0, done.err
+    assert done.err.startswith("lcpaq: analysis from the store")
+    assert "calibrating" not in done.err
+    assert call(capsys, "plan", MODEL, *saved, *budget, "-o", tmp_path / "2.json").code == 0
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+    done = call(capsys, "pareto", MODEL, *kept, "--points", 3, "-v", "--json")
+    assert done.err.startswith("lcpaq: analysis from the store")
+    assert done.out == call(capsys, "pareto", MODEL, *saved, "--points", 3, "--json").out
+
+
+def test_plan_makes_the_analysis_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("plan", MODEL, "--calibration", DATA, *FEW, "--budget", "size<=0.3x", "-v", "-o", tmp_path / "p.json")
+    first = call(capsys, *words, "--cache", tmp_path / "cache")
+    assert (first.code, "probing" in first.err) == (0, True), first.err
+    assert "from the store" in call(capsys, *words, "--cache", tmp_path / "cache").err
+    assert "probing" in call(capsys, *words, "--no-cache").err
+
+
+def test_workers_do_not_change_the_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = ("--budget", "size<=0.3x", "--weights", "4,8")
+    for where in ("serial", "processes:2"):
+        words = ("--calibration", DATA, *FEW, *budget, "--no-cache", "--workers", where, "--max-memory", "512MB")
+        assert call(capsys, "quantize", MODEL, *words, "-o", tmp_path / "o.onnx").code == 0
+        assert (tmp_path / "o.onnx").read_bytes() == (folder / "small.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (("--workers", "thread"), ("workers 'thread' are not known", "use threads, threads:N")),
+        (("--workers", "processes:0"), ("workers 'processes:0' are not known",)),
+        (("--workers", "dask:nowhere://x"), ("no dask scheduler at 'nowhere://x'", "dask scheduler")),
+        (("--provider", "NoSuchProvider"), ("no NoSuchProvider", "CPUExecutionProvider")),
+        (("--max-memory", "lots"), ("--max-memory", "'lots' is not an amount of memory", "2GB")),
+        (("--max-memory", "0"), ("--max-memory", "'0' is not an amount of memory")),
+        (("--cache", "x", "--no-cache"), ("--no-cache", "not allowed with argument --cache")),
+    ],
+)
+def test_what_cannot_run_is_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], texts: Sequence[str]
+) -> None:
+    if "dask" in words[1]:
+        pytest.importorskip("distributed")
+    chosen = ("--calibration", DATA, *FEW, "--budget", "size<=0.3x", *words)
+    refused(call(capsys, "quantize", MODEL, *chosen, "-o", tmp_path / "o.onnx"), 2, *texts)
+    refused(call(capsys, "analyze", MODEL, *chosen[:6], *words, "-o", tmp_path / "a.json"), 2, *texts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_does_not_answer_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The client tries for ten seconds."""
+    pytest.importorskip("distributed")
+    words = ("--calibration", DATA, *FEW, "--workers", "dask:tcp://127.0.0.1:9", "-o", tmp_path / "a.json")
+    refused(call(capsys, "analyze", MODEL, *words), 2, "no dask scheduler at 'tcp://127.0.0.1:9'")
+
+
+def test_a_cache_that_cannot_be_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    words = ("analyze", MODEL, "--calibration", DATA, *FEW, "--cache", tmp_path / "file", "-o", tmp_path / "a.json")
+    done = call(capsys, *words)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line.startswith("lcpaq: warning: no store can be at ")
+    assert "what is measured is not kept" in line
+    assert (tmp_path / "a.json").is_file()
+
+
+def test_without_a_home_there_is_no_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LCPAQ_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "nowhere")
+    done = call(capsys, "analyze", MODEL, "--calibration", DATA, *FEW, "-o", tmp_path / "a.json")
+    assert done.code == 0
+    assert "lcpaq: warning: you have no home directory" in done.err
+    assert "LCPAQ_CACHE" in done.err
+
+
+def test_options_of_an_analysis_do_not_go_with_a_finished_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("plan", MODEL, "--analysis", folder / "net.analysis.json", "-o", tmp_path / "p.json")
+    done = call(capsys, *words, "--samples", 8, "--estimator", "rounding-error")
+    refused(done, 2, "--samples, --estimator with --analysis", "--calibration")
+    refused(call(capsys, *words, "--calibration", DATA), 2, "not allowed with argument --analysis")
+
+
+def test_a_typo_in_the_target_does_not_wait_for_the_analysis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--calibration", DATA, "--no-cache", "--target", "generic-int9", "-v")
+    for command in (("plan", MODEL, *words, "-o", tmp_path / "p.json"), ("pareto", MODEL, *words)):
+        refused(call(capsys, *command), 3, "unknown target 'generic-int9'")
 
 
 # ---- looking at things ----------------------------------------------------------------------------------------------
@@ -172,6 +306,7 @@ def test_verbose_reports_stretches_of_work(tmp_path: Path, capsys: pytest.Captur
         ("small.plan.json", "optimal, gap"),
         ("small.report.json", "digits_resnet.onnx"),
         ("net.analysis.json", "Hessian trace"),
+        ("net.analysis.json", "random plans, rank correlation"),
     ],
 )
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str], name: str, shown: str) -> None:
@@ -315,7 +450,12 @@ def test_choices_are_those_of_the_library() -> None:
     from lcpaq_onnx.allocation.allocate import Objective
     from lcpaq_onnx.numeric.losses import LossName
     from lcpaq_onnx.numeric.ranges import RangeMethod
+    from lcpaq_onnx.planning.bench import Estimator, Settings
+    from lcpaq_onnx.runtime.workers import DEFAULT_WORKERS
 
+    assert set(arguments.ESTIMATORS) == set(get_args(Estimator))
+    assert Settings().estimator == "auto"
+    assert arguments.DEFAULT_WORKERS == DEFAULT_WORKERS
     assert set(arguments.OBJECTIVES) == set(get_args(Objective))
     assert set(arguments.RANGE_METHODS) == set(get_args(RangeMethod))
     assert set(arguments.LOSSES) == set(get_args(LossName))

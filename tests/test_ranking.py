@@ -42,9 +42,10 @@ def test_only_the_order_counts(values: list[float]) -> None:
 def test_the_interval_holds_the_correlation_and_narrows_with_more_pairs(correlation: float, count: int) -> None:
     low, high = correlation_interval(correlation, count)
     assert -1 <= low <= correlation <= high <= 1
-    narrower = correlation_interval(correlation, 4 * count)
-    assert low <= narrower[0] <= narrower[1] <= high
     assert correlation_interval(-correlation, count) == pytest.approx((-high, -low))
+    if abs(correlation) <= 1 - 6 / (count**3 - count):  # ranks of so many pairs do not come nearer to perfect order
+        narrower = correlation_interval(correlation, 4 * count)
+        assert low <= narrower[0] <= narrower[1] <= high
 
 
 def test_few_pairs_in_perfect_order_are_no_certainty() -> None:

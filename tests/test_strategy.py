@@ -27,6 +27,7 @@ from lcpaq_onnx.planning.strategy import (
     search_plan,
 )
 from lcpaq_onnx.runtime.calibration import open_calibration
+from lcpaq_onnx.runtime.resources import Resources
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.targets.loader import load as load_target
 
@@ -37,7 +38,8 @@ def bench() -> Bench:
     source = graph_io.load(path)
     data = open_calibration(CALIBRATION, Session(path).inputs, samples=32)
     original = SourceModel(graph_io.content_sha256(source), path.stat().st_size)
-    return Bench(compiler.prepare(source), original, data, Settings(sensitivity_samples=32), SilentProgress())
+    settings = Settings(sensitivity_samples=32)
+    return Bench(compiler.prepare(source), original, data, settings, SilentProgress(), Resources())
 
 
 def emit(graph: graph_io.Graph, plan: Plan) -> graph_io.Graph:

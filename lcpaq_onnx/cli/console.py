@@ -66,12 +66,13 @@ class LineProgress:
     def track(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         started, done = time.perf_counter(), 0
 
-        def advance(steps: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
-            done += steps
+            done += count
 
         yield advance
-        self._console.note(f"{label}: {done} steps in {time.perf_counter() - started:.1f} s")
+        steps = "1 step" if done == 1 else f"{done} steps"
+        self._console.note(f"{label}: {steps} in {time.perf_counter() - started:.1f} s")
 
 
 class BarProgress:

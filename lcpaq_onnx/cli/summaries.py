@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lcpaq_onnx.cli.console import text_table
 from lcpaq_onnx.planning.plan import Plan
-from lcpaq_onnx.tables import ErrorEntry, Measurements
+from lcpaq_onnx.tables import ErrorEntry, Measurements, Sensitivity
 
 __all__ = ["frontier_document", "frontier_text", "measurements_text", "plan_text"]
 
@@ -70,6 +70,7 @@ def measurements_text(measurements: Measurements) -> str:
         f"analysis of {measurements.source_sha256[:12]} on {measurements.calibration}",
         f"  loss:       {measurements.loss}",
         f"  tensors:    {len(measurements.tensors)} recorded, ranges of {len(measurements.ranges)}",
+        *_sensitivity(measurements.sensitivity),
         "",
         text_table(headers, rows),
     ]
@@ -106,6 +107,17 @@ def frontier_text(plans: Sequence[Plan]) -> str:
     ]
     headers = ["size (bytes)", "size", "latency (us)", "bops", "memory (bytes)", "loss", "error", "layers"]
     return text_table(headers, rows)
+
+
+def _sensitivity(found: Sensitivity | None) -> list[str]:
+    if found is None:
+        return []
+    measured = f"{found.measured_entries} of {found.entries} layers x widths measured on {found.samples} samples"
+    lines = [f"  estimator:  {found.estimator}, {measured}"]
+    if (audit := found.audit) is not None:
+        interval = f"{audit.rank_correlation:.2f} ({audit.low:.2f} to {audit.high:.2f} with 95 % confidence)"
+        lines.append(f"  audit:      {len(audit.measured)} random plans, rank correlation {interval}")
+    return [*lines, *([f"  note:       {found.note}"] if found.note else [])]
 
 
 def _total(name: str, value: float, float_value: float) -> list[str]:

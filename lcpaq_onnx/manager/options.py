@@ -1,13 +1,15 @@
 """Options of a frozen dataclass: from a ``Spec``, type-checked against the annotations, and back to the same text.
 
 A field takes what its annotation says: int, float, bool, str, ``Literal``, a class with ``parse`` and ``str`` (such as
-``LayerFormat``), a dataclass of options (an analysis that this one builds on, as a quoted text), a tuple of these, and
-unions with None. What ``options_text`` prints, ``build`` reads back as an equal object.
+``LayerFormat``), a dataclass of options (an analysis that this one builds on, as a quoted text), a tuple of these, a
+frozenset of tuples (as a JSON text), and unions with None. What ``options_text`` prints, ``build`` reads back as an
+equal object.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -79,9 +81,11 @@ def options_text(instance: Options) -> str:
         value: object = getattr(instance, field.name)
         if _has_default(field) and value == _default(field):
             continue
+        if isinstance(value, frozenset):
+            value = json.dumps(sorted(value))
         values = value if isinstance(value, tuple) else (value,)
         text = values_text(values)
-        if not _reads_back(text, value, hints[field.name]):
+        if not _reads_back(text, getattr(instance, field.name), hints[field.name]):
             raise PassError(
                 f"option '{key}' of '{instance.name}' holds {value!r}, which is not {_type_text(hints[field.name])}",
                 hint="give the option a value of its annotated type",
@@ -138,6 +142,8 @@ def _convert_single(written: tuple[Scalar, ...], annotation: object) -> object:
     if len(written) != 1:
         raise _MismatchError
     value = written[0]
+    if get_origin(annotation) is frozenset and isinstance(value, str):
+        return _convert_set(value, *get_args(annotation))
     if get_origin(annotation) is Literal:
         # 1 == True: a literal must agree in type too.
         if any(value == choice and type(value) is type(choice) for choice in get_args(annotation)):
@@ -152,6 +158,17 @@ def _convert_single(written: tuple[Scalar, ...], annotation: object) -> object:
     if isinstance(annotation, type) and isinstance(value, str):
         return _convert_text(value, annotation)
     raise _MismatchError
+
+
+def _convert_set(text: str, annotation: object) -> frozenset[object]:
+    """A JSON list of lists as a set of tuples."""
+    try:
+        items = json.loads(text)
+    except ValueError:
+        raise _MismatchError from None
+    if not isinstance(items, list) or not all(isinstance(item, list) for item in items):
+        raise _MismatchError
+    return frozenset(_convert_tuple(tuple(item), annotation) for item in items)
 
 
 def _convert_text(text: str, cls: type) -> object:

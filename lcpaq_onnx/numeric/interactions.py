@@ -113,8 +113,8 @@ def interactions_of(embeddings: Mapping[Entry, NDArray[np.float32]]) -> Interact
 def steadied_interactions(embeddings: Mapping[Entry, NDArray[np.float32]]) -> Interactions:
     """``interactions_of``, the correlations of different decisions drawn to their mean by the noise of few samples.
 
-    What is kept of a correlation's own part is how far the correlations that every other sample shows are those that the
-    rest shows, stepped up to all samples by Spearman's and Brown's formula. Fewer than 4 samples show none.
+    What is kept of a correlation's own part is how far the correlations that every other sample shows are those that
+    the rest shows, stepped up to all samples by Spearman's and Brown's formula. Fewer than 4 samples show none.
     """
     whole = interactions_of(embeddings)
     names = np.array([name for name, _ in whole.entries])

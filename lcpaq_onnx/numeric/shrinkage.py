@@ -31,8 +31,9 @@ def shrunk(predicted: Double, relative_stderr: Double, measured: Observed) -> Do
     In logarithms, measured − predicted is taken apart into what the width adds (all layers: second order fails in the
     same way), what the layer adds (all its widths: its curvature, seen again), and the entry's own rest. The rest holds
     the noise of few samples, which is to go, and how this rounding error happens to lie to the curvature, which is to
-    stay: it is kept in proportion to its variance beyond the noise (James and Stein). The prediction counts as one more
-    observation of the layer. Entries predicted as 0 stay 0.
+    stay: the more of it is kept the further it stands out of its noise (layers of few weights have single rounding
+    errors far off any curvature). The prediction counts as one more observation of the layer. Entries predicted as 0
+    stay 0.
     """
     known = ~np.isnan(measured.value) & (predicted > 0)
     base = np.log(np.maximum(predicted, _LEAST))
@@ -46,7 +47,8 @@ def shrunk(predicted: Double, relative_stderr: Double, measured: Observed) -> Do
     precision = np.where(known, 1 / (noise + true_spread), 0.0)
     prior = 1 / (np.maximum(relative_stderr**2, _LEAST_VARIANCE) + true_spread)
     of_layer = ((rest * precision).sum(axis=1) / (precision.sum(axis=1) + prior))[:, None]
-    own = np.where(known, true_spread * precision * (rest - of_layer), 0.0)
+    own = np.where(known, rest - of_layer, 0.0)
+    own *= np.divide(own**2, own**2 + noise, out=np.zeros_like(own), where=noise > 0)
     combined: Double = np.where(predicted > 0, np.exp(base + of_width + of_layer + own), 0.0)
     return combined
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,11 +127,7 @@ class Bench:
         drawn = frozenset((name, bits) for name, bits in entries if bits in usable)
         if len(usable) < 2:
             return None
-
-        def predict(plan: Mapping[str, int]) -> float:
-            return sum(errors.layers[name][bits].loss for name, bits in plan.items())
-
-        return audit(predict, self._analyses.get(RandomPlans(drawn, samples)), samples)
+        return audit(errors, self._analyses.get(RandomPlans(drawn, samples)), samples)
 
     def interactions(self, entries: Collection[WeightEntry], samples: int) -> Interactions | None:
         """Cross terms of measured ``entries`` and activation groups, by decision; None for a loss without a metric."""

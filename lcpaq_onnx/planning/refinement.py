@@ -22,8 +22,9 @@ _ROUNDS = 4
 _PRICES = 64
 # Of the ranking of single errors.
 _RELIABLE = 0.8
-# Rank correlation of predicted and measured losses of random plans.
-_PASSED = 0.7
+# Rank correlation of predicted and measured losses of random plans. Of eight plans: 0.5 and less is rarely an accident
+# where the truth is 0.9.
+_PASSED = 0.5
 _BYTE_AND_BELOW = tuple(bits for bits in WEIGHT_BITS if bits <= 8)
 
 Chosen = Callable[[Measurements], Collection[WeightEntry]]

@@ -40,7 +40,7 @@ def remembered(
     """
     found = resources.store.get(key)
     if found is not None:
-        with progress.track("taking the analysis from the store", 1) as advance:
+        with progress.track("analysis from the store", 1) as advance:
             measurements = measurements_from(json.loads(found["json"].tobytes()))
             advance(1)
         return replace(measurements, calibration=data.description)

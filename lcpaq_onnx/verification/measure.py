@@ -19,8 +19,8 @@ Outputs = dict[str, NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class MeasuredError:
-    """Means over ``samples``, and ``losses`` of each. ``relative_error``: root mean square error over the output's scale
-    (its range). ``agreement``: share of decisions kept, None where outputs are not class scores.
+    """``losses`` of the samples, and means over them. ``relative_error``: root mean square error over the output's
+    scale (its range). ``agreement``: share of decisions kept, None where outputs are not class scores.
     """
 
     losses: NDArray[np.float64] = field(compare=False, repr=False)

@@ -48,8 +48,8 @@ class VerifyOptions:
 class Known:
     """What the caller has already, so that it need not be measured again. ``macs``: by layer, one sample.
     ``measured``: error of the very model that is emitted, against ``reference`` with the loss ``loss_name`` (all three
-    or none). ``sensitivity``: how the plan's errors were found. ``base_dir``: folder of the external data of an original given as proto. ``emitted_name``: file name for
-    the report, where the emitted file is a temporary one.
+    or none). ``sensitivity``: how the plan's errors were found. ``base_dir``: folder of the external data of an
+    original given as proto. ``emitted_name``: file name for the report, where the emitted file is a temporary one.
     """
 
     macs: Mapping[str, int] | None = None

@@ -202,10 +202,8 @@ def _sensitivity(report: Report, width: int) -> list[str]:
     found = report.sensitivity
     if found is None:
         return []
-    lines = [
-        f"Errors: by {found.estimator}, {found.measured_entries} of {found.entries} layers x widths measured on"
-        f" {found.samples} samples"
-    ]
+    measured = f"{found.measured_entries} of {found.entries} layers x widths measured on {found.samples} samples"
+    lines = [f"Errors: by {found.estimator}, {measured}"]
     if found.rank_correlation is not None:
         low, high = found.rank_correlation_low or 0.0, found.rank_correlation_high or 0.0
         lines.append(

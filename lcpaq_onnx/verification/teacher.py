@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lcpaq_onnx.numeric.losses import LossName, OutputScaleStream, TeacherLoss, choose_loss, teacher_loss
+from lcpaq_onnx.numeric.losses import LossName, OutputScaleStream, TeacherLoss, fitting_loss, teacher_loss
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.verification.measure import Reference
@@ -52,13 +52,16 @@ def reference_of(answers: Answers, loss: LossName | TeacherLoss) -> tuple[Refere
     Raises UsageError where ``loss`` has to be chosen and no output is float.
     """
     stream = OutputScaleStream()
-    fitting: LossName | None = None
+    seen: list[Outputs] = []
+    seen_bytes = 0
     for _, outputs in answers:
         stream.update(outputs)
-        fitting = fitting or choose_loss([outputs])
+        seen_bytes += sum(value.nbytes for value in outputs.values())
+        if seen_bytes <= _KEPT_BYTES or not seen:
+            seen.append(outputs)
     scale = stream.result()
-    name = (fitting or "squared-error") if loss == "auto" or callable(loss) else loss
-    decides = fitting is not None and fitting.startswith("kl-")
+    fitting = fitting_loss(seen, scale)
     if callable(loss):
-        return Reference(loss, scale, decides=decides), "user"
-    return Reference(teacher_loss(name, scale), scale, decides=decides), name
+        return Reference(loss, scale, decides=fitting.decides), "user"
+    chosen = fitting if loss == "auto" else teacher_loss(loss, scale)
+    return Reference(chosen, scale, decides=fitting.decides), str(chosen)

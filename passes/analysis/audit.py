@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,9 +14,10 @@ from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.numeric.ranking import correlation_interval, rank_correlation
+from lcpaq_onnx.runtime.probe_batches import Batch
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.runtime.whole_run import WholeJob, run_whole
-from lcpaq_onnx.tables import Audit
+from lcpaq_onnx.tables import Audit, ErrorTable
 
 from .graph_structure import GraphStructure
 from .prober import Prober
@@ -34,7 +35,8 @@ Widths = Mapping[str, int]
 @dataclass(frozen=True)
 class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
     """``plans`` plans, each layer's stored width drawn from those it has among ``entries``, with the loss of the whole
-    model whose weights are rounded so. Layers without an entry and activations stay float.
+    model whose weights are rounded so. Layers without an entry and activations stay float. Measured on ``samples``
+    calibration samples behind the first ``samples``, which the error table has seen; on those where there are no more.
     """
 
     name: ClassVar[str] = "random-plans"
@@ -44,8 +46,10 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> tuple[tuple[Widths, float], ...]:
         drawn = self._draw(analyses)
-        prober = Prober(graph, analyses, self.samples)
-        found = prober.remembered(f"audit {drawn}", lambda: {"loss": self._losses(graph, analyses, prober, drawn)})
+        prober = Prober(graph, analyses, 2 * self.samples)
+        unseen = [batch for batch in prober.batches() if batch.first >= self.samples]
+        batches = unseen or list(prober.batches())
+        found = prober.remembered(f"audit {drawn}", lambda: {"loss": self._losses(graph, analyses, batches, drawn)})
         return tuple(zip(drawn, found["loss"].tolist(), strict=True))
 
     def _draw(self, analyses: AnalysisManager) -> list[dict[str, int]]:
@@ -63,12 +67,12 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
         return drawn
 
     def _losses(
-        self, graph: Graph, analyses: AnalysisManager, prober: Prober, drawn: list[dict[str, int]]
+        self, graph: Graph, analyses: AnalysisManager, batches: list[Batch], drawn: list[dict[str, int]]
     ) -> NDArray[np.float64]:
         resources, teacher = analyses.inputs.resources, teacher_of(analyses)
         model = to_proto(graph)
         whole = Session(model, resources.run_options, base_dir=graph.base_dir)
-        answers = tuple((batch.feed, whole.run(batch.feed)) for batch in prober.batches())
+        answers = tuple((batch.feed, whole.run(batch.feed)) for batch in batches)
         layers = {layer.name: layer for layer in analyses.get(GraphStructure).layers}
         nodes = nodes_by_name(graph)
 
@@ -84,9 +88,9 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
         return np.array([loss for _, loss in resources.workers.each(run_whole, jobs())])
 
 
-def audit(predict: Callable[[Widths], float], plans: tuple[tuple[Widths, float], ...], samples: int) -> Audit | None:
-    """What ``predict`` says of ``plans`` beside what was measured; None where all are equal."""
-    predicted = tuple(predict(plan) for plan, _ in plans)
+def audit(table: ErrorTable, plans: tuple[tuple[Widths, float], ...], samples: int) -> Audit | None:
+    """What ``table`` predicts for ``plans`` beside what was measured; None where all are equal."""
+    predicted = tuple(sum(table.layers[name][bits].loss for name, bits in plan.items()) for plan, _ in plans)
     measured = tuple(loss for _, loss in plans)
     correlation = rank_correlation(predicted, measured)
     if np.isnan(correlation):

@@ -17,8 +17,8 @@ __all__ = ["BatchSize"]
 
 @dataclass(frozen=True)
 class BatchSize(Analysis[int]):
-    """1 where samples cannot be stacked; else as many, at most ``most``, as keep a batch's tensors in memory, a power of
-    two.
+    """1 where samples cannot be stacked; else the power of two, at most ``most``, that keeps a batch's tensors within
+    memory.
     """
 
     name: ClassVar[str] = "batch-size"

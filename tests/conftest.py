@@ -1,0 +1,15 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _store_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands keep what they measured: no test reads or fills the store of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LCPAQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
