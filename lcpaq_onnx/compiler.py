@@ -113,7 +113,7 @@ def quantize(
     source = graph_io.load(model)
     goal = Goal(_budgets(budget), objective, allowed_formats(weights, activations))
     _check_widths(goal.allowed, loaded)
-    with execution.resources() as resources:
+    with execution.resources(_name(model, source)) as resources:
         bench = open_bench(source, calibration, samples, settings, progress, resources)
         outcome, report = _search(model, bench, loaded, goal)
     return Quantized(outcome.graph, outcome.plan, report)

@@ -101,6 +101,14 @@ def test_example_runs(tmp_path: Path) -> None:
     assert "passed: True" in printed
 
 
+def test_example_of_an_executor_runs(tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    printed = run_python((ROOT / "examples" / "own_executor.py").read_text(encoding="utf-8"), cwd=tmp_path)
+    jobs, _, worst = printed.partition(" jobs; most sensitive to 4 bits: ")
+    assert int(jobs) >= 11  # a job for each layer at least
+    assert worst.startswith("/")
+
+
 # ---- the measurements' file -----------------------------------------------------------------------------------------
 def some_measurements() -> Measurements:
     return Measurements(

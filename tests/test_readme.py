@@ -53,6 +53,14 @@ def snippet(containing: str) -> str:
     return found
 
 
+def printed_by(code: str, folder: Path) -> str:
+    """What Python ``code`` prints, run in ``folder`` beside the models."""
+    (folder / "models").symlink_to(ROOT / "models")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 # ---- commands -------------------------------------------------------------------------------------------------------
 @each_page
 def test_commands_parse(page: Path) -> None:
@@ -109,16 +117,19 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 # ---- Python ---------------------------------------------------------------------------------------------------------
 def test_api_snippet_runs(tmp_path: Path) -> None:
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    code = snippet("import lcpaq_onnx as lq")
+    code = snippet("lq.quantize(")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    passed, size_bytes, share = done.stdout.split()
+    passed, size_bytes, share = printed_by(code, tmp_path).split()
     assert passed == "True"
     assert (tmp_path / "fast.onnx").stat().st_size == int(size_bytes)
     assert (tmp_path / "small.onnx").stat().st_size <= 0.2 * (ROOT / "models" / "digits_resnet.onnx").stat().st_size
     assert 0 < float(share) <= 1
+
+
+def test_snippet_of_settings_and_execution_runs(tmp_path: Path) -> None:
+    printed = printed_by(snippet("lq.Execution("), tmp_path)
+    assert printed.startswith("Sensitivity(estimator='rounding-error', samples=32, ")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["store.sqlite"]
 
 
 def test_pass_snippet_is_a_good_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

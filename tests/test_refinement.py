@@ -138,8 +138,8 @@ def test_auto_measures_less_and_finds_what_measuring_everything_finds(budget: st
     assert auto.sensitivity.entries == everything.sensitivity.entries
     assert 0 < auto.sensitivity.measured_entries < 0.7 * auto.sensitivity.entries
     assert (auto.sensitivity.estimator, auto.sensitivity.note) == ("auto", "")
-    # The same plan, or one as good: 5 % is what few samples leave open.
-    assert predicted_loss(auto.plan) <= 1.05 * predicted_loss(everything.plan)
+    # The same plan, or one as good; cross terms may have given up some of the sum for a lower measured loss.
+    assert predicted_loss(auto.plan) <= (1.2 if auto.plan.proof.exchanged else 1.05) * predicted_loss(everything.plan)
     assert auto.measured.loss <= 1.25 * everything.measured.loss
 
 

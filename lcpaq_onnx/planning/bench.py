@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,15 +119,23 @@ class Bench:
         errors = self._analyses.get(table)
         return self._measurements(errors, self._analyses.get(HessianDiagonals(samples, s.probes, channel_probes)))
 
-    def audit(self, errors: ErrorTable, entries: Collection[WeightEntry], samples: int) -> Audit | None:
-        """``errors`` against random plans, measured whole: layers in widths of ``entries`` that leave more than noise.
-        None where there is nothing to choose.
+    def audit(self, errors: ErrorTable, entries: frozenset[WeightEntry], samples: int) -> Audit | None:
+        """Predicted losses of random plans against those of whole runs: layers in widths of measured ``entries`` (none:
+        in any) that leave more than noise. None where there is nothing to choose.
         """
-        usable = {bits for bits in {bits for _, bits in entries} if _is_usable(errors, bits)}
-        drawn = frozenset((name, bits) for name, bits in entries if bits in usable)
+        candidates = entries or self.every_entry(None)
+        usable = {bits for bits in {bits for _, bits in candidates} if _is_usable(errors, bits)}
+        drawn = frozenset((name, bits) for name, bits in candidates if bits in usable)
         if len(usable) < 2:
             return None
-        return audit(errors, self._analyses.get(RandomPlans(drawn, samples)), samples)
+        known = self.interactions(entries, samples) if entries else None
+
+        def predict(plan: Mapping[str, int]) -> float:
+            if known is None:
+                return sum(errors.layers[name][bits].loss for name, bits in plan.items())
+            return known.loss_of((name, f"w{bits}") for name, bits in plan.items())
+
+        return audit(predict, self._analyses.get(RandomPlans(drawn, samples)), samples)
 
     def interactions(self, entries: Collection[WeightEntry], samples: int) -> Interactions | None:
         """Cross terms of measured ``entries`` and activation groups, by decision; None for a loss without a metric."""

@@ -15,7 +15,7 @@ from lcpaq_onnx.allocation.allocate import (
     priced,
 )
 from lcpaq_onnx.allocation.carry import carried
-from lcpaq_onnx.allocation.exchange import exchange, predicted_loss, table_losses
+from lcpaq_onnx.allocation.exchange import exchange, predicted_loss
 from lcpaq_onnx.allocation.pareto import pareto
 from lcpaq_onnx.allocation.problem import AllocationProblem, Column
 from lcpaq_onnx.allocation.programme import Programme, build_programme
@@ -120,7 +120,7 @@ class Planner:
         is better than the loss among the objectives is kept.
         """
         stated, allocation = self._allocated(budgets, objective)
-        known = self._calibrated(stated.problem)
+        known = self._interactions
         if known is None:
             return None
         caps = self._caps(stated.problem, budgets)
@@ -181,9 +181,6 @@ class Planner:
     def _caps(self, problem: AllocationProblem, budgets: Sequence[Budget]) -> dict[Column, float]:
         return dict(problem.cap(budget) for budget in budgets)
 
-    def _calibrated(self, problem: AllocationProblem) -> Interactions | None:
-        return self._interactions.calibrated(table_losses(problem)) if self._interactions else None
-
     def _write(
         self, stated: _Stated, allocation: Allocation, budgets: Sequence[Budget], objective: Sequence[Objective]
     ) -> Plan:
@@ -194,7 +191,7 @@ class Planner:
             opset=stated.variant.opset,
             ir_version=stated.variant.ir_version,
         )
-        known = self._calibrated(stated.problem)
+        known = self._interactions
         loss = predicted_loss(stated.problem, allocation.assignment, known) if known else allocation.totals.loss
         together = replace(allocation, totals=replace(allocation.totals, loss=loss))
         ranges = self._measurements.ranges

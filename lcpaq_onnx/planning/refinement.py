@@ -56,7 +56,7 @@ def refined(bench: Bench, widths: Sequence[int], chosen: Chosen) -> Refined:
             if bench.reliability(entries, samples) >= _RELIABLE:
                 break
     measurements = bench.with_errors(entries, samples)
-    audit = bench.audit(measurements.errors, entries or everything, samples)
+    audit = bench.audit(measurements.errors, entries, samples)
     note = ""
     if audit is not None and audit.rank_correlation < _PASSED and entries < everything:
         note = f"the audit of {estimator} gave a rank correlation of {audit.rank_correlation:.2f}, below {_PASSED}"

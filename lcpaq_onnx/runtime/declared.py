@@ -19,7 +19,7 @@ def declared_inputs(graph: Graph) -> tuple[TensorSpec, ...]:
 
 
 def _spec(tensor: gs.Tensor) -> TensorSpec:
-    if tensor.dtype is None:
+    if not isinstance(tensor, gs.Variable) or tensor.type != "tensor_type" or tensor.dtype is None:
         return TensorSpec(tensor.name, np.dtype(object), (), "sequence, map or optional")
     # Texts are objects in graphs and texts in sessions.
     dtype = np.dtype(np.str_) if np.dtype(tensor.dtype) == np.dtype(object) else np.dtype(tensor.dtype)

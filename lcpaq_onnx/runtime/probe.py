@@ -73,8 +73,8 @@ class SiteBatch:
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
     """Per sample: teacher loss, squared error relative to the output's scale, number of the sample whose draw was used
-    (its own, where draws are not shared). ``embedding`` [samples, k]: the output's change, ½‖row‖² being the loss; k is
-    0 for random directions and for a loss of the user's own.
+    (its own, where draws are not shared). ``embedding`` [samples, k]: the output's change, ½‖row‖² ≈ the loss where it is
+    small; k is 0 for random directions and for a loss of the user's own.
     """
 
     loss: NDArray[np.float64]
@@ -185,15 +185,10 @@ class _Behind:
             loss=loss,
             squared_error=relative_squared_error(batch.outputs, outputs, self._scale),
             draw=own.astype(np.int64) + batch.first,
-            embedding=self._embedding(batch, outputs, loss) if embed else np.zeros((len(loss), 0), np.float32),
+            embedding=self._embedding(batch, outputs, len(loss)) if embed else np.zeros((len(loss), 0), np.float32),
         )
 
-    def _embedding(self, batch: SiteBatch, outputs: Mapping[str, Array], loss: NDArray[np.float64]) -> Float:
+    def _embedding(self, batch: SiteBatch, outputs: Mapping[str, Array], samples: int) -> Float:
         if not isinstance(self._loss, BuiltinLoss):
-            return np.zeros((len(loss), 0), np.float32)
-        rows = projected(self._loss.embed(batch.outputs, outputs), EMBEDDING_LENGTH)
-        half = 0.5 * (rows**2).sum(axis=1)
-        # The direction is first order; the length is made exact, also where the loss is far from quadratic.
-        length = np.sqrt(np.divide(loss, half, out=np.zeros_like(half), where=half > 0))
-        embedding: Float = (rows * length[:, None]).astype(np.float32)
-        return embedding
+            return np.zeros((samples, 0), np.float32)
+        return projected(self._loss.embed(batch.outputs, outputs), EMBEDDING_LENGTH).astype(np.float32)

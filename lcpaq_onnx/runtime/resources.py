@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lcpaq_onnx.runtime.memory import free_bytes
-from lcpaq_onnx.runtime.session import SessionOptions
+from lcpaq_onnx.runtime.session import SessionOptions, check_providers
 from lcpaq_onnx.runtime.workers import DEFAULT_WORKERS, SERIAL, Workers, open_workers
 from lcpaq_onnx.store import STORE_FILE, MemoryStore, Store, open_store
 
@@ -49,9 +49,11 @@ class Resources:
         return SessionOptions(threads=1, providers=self.providers)
 
     @property
-    def run_options(self) -> SessionOptions:
-        """For runs of the whole model."""
-        return SessionOptions(providers=self.providers)
+    def cache_options(self) -> SessionOptions:
+        """For runs that fill the cache: without fusions, which depend on what is asked for, so that a tensor has the
+        same bits whatever else is cached with it.
+        """
+        return SessionOptions("basic", providers=self.providers)
 
     @cached_property
     def _memory_bytes(self) -> int:
@@ -73,8 +75,9 @@ class Execution:
     @contextmanager
     def resources(self, subject: str = "model") -> Iterator[Resources]:
         """Open; at the end workers that were started here are gone. ``subject``: the model's name. Raises UsageError
-        for unknown workers.
+        for unknown workers and providers.
         """
+        check_providers(self.providers)
         with open_workers(self.workers) as workers:
             store = open_store(None if self.cache is None else self.cache / STORE_FILE)
             yield Resources(workers, store, self.max_memory_bytes, self.providers, subject)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from lcpaq_onnx.errors import CalibrationError, ModelError, UsageError
 
-__all__ = ["Session", "SessionOptions", "TensorSpec"]
+__all__ = ["Session", "SessionOptions", "TensorSpec", "check_providers"]
 
 # ONNX Runtime's own exceptions have no base class in common, and its bindings also raise the two built-in ones.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -155,12 +155,7 @@ class Session:
     def _load(
         self, model: onnx.ModelProto | bytes | Path, options: SessionOptions, base_dir: Path | None
     ) -> ort.InferenceSession:
-        missing = sorted(set(options.providers) - set(ort.get_available_providers()))
-        if missing:
-            raise UsageError(
-                f"this onnxruntime has no {', '.join(missing)}",
-                hint=f"it has {', '.join(ort.get_available_providers())}; install the build that has the other",
-            )
+        check_providers(options.providers)
         if isinstance(model, Path) and not model.is_file():
             raise ModelError(f"there is no model file '{model}'", hint="check the path")
         source = str(model) if isinstance(model, Path) else model if isinstance(model, bytes) else _serialize(model)
@@ -193,6 +188,16 @@ class Session:
             raise ModelError(
                 f"the {self._where} has no output {absent}", hint=f"it has {[s.name for s in self.outputs]}"
             )
+
+
+def check_providers(providers: Collection[str]) -> None:
+    """Raises UsageError for an execution provider that this build of ONNX Runtime lacks."""
+    missing = sorted(set(providers) - set(ort.get_available_providers()))
+    if missing:
+        raise UsageError(
+            f"this onnxruntime has no {', '.join(missing)}",
+            hint=f"it has {', '.join(ort.get_available_providers())}; install the build that has the other",
+        )
 
 
 def _native_options(options: SessionOptions, base_dir: Path | None) -> ort.SessionOptions:

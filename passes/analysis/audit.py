@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from lcpaq_onnx.numeric.ranking import correlation_interval, rank_correlation
 from lcpaq_onnx.runtime.probe_batches import Batch
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.runtime.whole_run import WholeJob, run_whole
-from lcpaq_onnx.tables import Audit, ErrorTable
+from lcpaq_onnx.tables import Audit
 
 from .graph_structure import GraphStructure
 from .prober import Prober
@@ -71,7 +71,7 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
     ) -> NDArray[np.float64]:
         resources, teacher = analyses.inputs.resources, teacher_of(analyses)
         model = to_proto(graph)
-        whole = Session(model, resources.run_options, base_dir=graph.base_dir)
+        whole = Session(model, resources.probe_options, base_dir=graph.base_dir)
         answers = tuple((batch.feed, whole.run(batch.feed)) for batch in batches)
         layers = {layer.name: layer for layer in analyses.get(GraphStructure).layers}
         nodes = nodes_by_name(graph)
@@ -88,9 +88,9 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
         return np.array([loss for _, loss in resources.workers.each(run_whole, jobs())])
 
 
-def audit(table: ErrorTable, plans: tuple[tuple[Widths, float], ...], samples: int) -> Audit | None:
-    """What ``table`` predicts for ``plans`` beside what was measured; None where all are equal."""
-    predicted = tuple(sum(table.layers[name][bits].loss for name, bits in plan.items()) for plan, _ in plans)
+def audit(predict: Callable[[Widths], float], plans: tuple[tuple[Widths, float], ...], samples: int) -> Audit | None:
+    """What ``predict`` says of ``plans`` beside what was measured; None where all are equal."""
+    predicted = tuple(predict(plan) for plan, _ in plans)
     measured = tuple(loss for _, loss in plans)
     correlation = rank_correlation(predicted, measured)
     if np.isnan(correlation):

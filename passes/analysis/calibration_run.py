@@ -12,7 +12,7 @@ from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.numeric.losses import BuiltinLoss, OutputScale, OutputScaleStream, fitting_loss
 from lcpaq_onnx.numeric.ranges import StreamingHistogram
-from lcpaq_onnx.runtime.session import Session
+from lcpaq_onnx.runtime.session import Session, SessionOptions
 
 from .batch_size import BatchSize
 from .graph_structure import GraphStructure
@@ -48,7 +48,9 @@ class CalibrationRun(Analysis[CalibrationStatistics]):
         fed = {value.name for value in model.graph.input}
         outputs = [value.name for value in model.graph.output]
         groups = [group.name for group in structure.candidates()]
-        session = Session(with_outputs(model, [name for name in groups if name not in fed]), base_dir=graph.base_dir)
+        observed = with_outputs(model, [name for name in groups if name not in fed])
+        options = SessionOptions(providers=analyses.inputs.resources.providers)
+        session = Session(observed, options, base_dir=graph.base_dir)
         histograms = {name: StreamingHistogram() for name in groups}
         scale, samples = OutputScaleStream(), 0
         answers: list[dict[str, np.ndarray]] = []

@@ -55,7 +55,7 @@ class ProbeRuns:
             needed = sorted(frozenset[str]().union(*(self._reads[start] for start in segment)))
             session = Session(
                 self._extractor.prefix([n for n in dict.fromkeys((*self._outputs, *needed)) if n not in self._fed]),
-                self._resources.run_options,
+                self._resources.cache_options,
                 base_dir=self._graph.base_dir,
             )
             by_sample = self._by_sample(session, batches[0], segment)

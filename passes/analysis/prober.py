@@ -41,7 +41,7 @@ class Prober:
     def __init__(self, graph: Graph, analyses: AnalysisManager, samples: int) -> None:
         self._graph, self._analyses = graph, analyses
         self._batches = analyses.get(_Batches(samples))
-        self._subject = graph.name or "model"
+        self._subject = analyses.inputs.resources.subject
         self._batch_size = analyses.get(BatchSize)
         self._common_key = key_of(
             code_version(),
