@@ -73,8 +73,8 @@ class SiteBatch:
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
     """Per sample: teacher loss, squared error relative to the output's scale, number of the sample whose draw was used
-    (its own, where draws are not shared). ``embedding`` [samples, k]: the output's change, ½‖row‖² ≈ the loss where it is
-    small; k is 0 for random directions and for a loss of the user's own.
+    (its own, where draws are not shared). ``embedding`` [samples, k]: the output's change, ½‖row‖² ≈ the loss where it
+    is small; k is 0 for random directions and for a loss of the user's own.
     """
 
     loss: NDArray[np.float64]
@@ -112,8 +112,8 @@ def joined(parts: Sequence[ProbeResult]) -> ProbeResult:
     )
 
 
-def run_probes(job: ProbeJob) -> tuple[ProbeResult, ...]:
-    """A result for each direction. Raises ModelError when the suffix does not run."""
+def run_probes(job: ProbeJob) -> tuple[tuple[ProbeResult, ...], ...]:
+    """For each direction a result on each batch. Raises ModelError when the suffix does not run."""
     behind = _Behind(job)
     mover = None if job.layer is None else _Mover.of(job.layer, job.suffix.start, job.options)
     results = []
@@ -123,7 +123,7 @@ def run_probes(job: ProbeJob) -> tuple[ProbeResult, ...]:
         else:
             assert mover is not None  # who asks for a change of weights names a layer's raw output
             parts = [mover.result(behind, batch, direction) for batch in job.batches]
-        results.append(joined(parts))
+        results.append(tuple(parts))
     return tuple(results)
 
 

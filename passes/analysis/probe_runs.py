@@ -8,6 +8,7 @@ segments, and the float model runs once for each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.graph.subgraph import SuffixExtractor
 from lcpaq_onnx.manager.analysis import AnalysisManager
 from lcpaq_onnx.numeric.directions import BlockSigns, Direction, Quantizing, Signs
-from lcpaq_onnx.runtime.probe import LinearLayer, ProbeJob, ProbeResult, SiteBatch, joined, run_probes
+from lcpaq_onnx.runtime.probe import LinearLayer, ProbeJob, ProbeResult, SiteBatch, run_probes
 from lcpaq_onnx.runtime.probe_batches import Batch
 from lcpaq_onnx.runtime.session import Session
 
@@ -48,8 +49,8 @@ class ProbeRuns:
         self._cuts = {start: self._extractor.cut(start, self._outputs) for start in wanted}
         self._reads = {start: frozenset(self._tensors_of(start)) for start in wanted}
 
-    def over(self, batches: Sequence[Batch]) -> Iterator[tuple[str, tuple[ProbeResult, ...]]]:
-        """Each start with a result for each of its directions, over all ``batches``."""
+    def over(self, batches: Sequence[Batch]) -> Iterator[tuple[str, tuple[tuple[ProbeResult, ...], ...]]]:
+        """Each start; for each of its directions a result on each of ``batches``."""
         samples = sum(batch.samples for batch in batches)
         for segment in self._segments(samples):
             needed = sorted(frozenset[str]().union(*(self._reads[start] for start in segment)))
@@ -59,7 +60,7 @@ class ProbeRuns:
                 base_dir=self._graph.base_dir,
             )
             by_sample = self._by_sample(session, batches[0], segment)
-            parts: dict[str, list[tuple[ProbeResult, ...]]] = {start: [] for start in segment}
+            parts: dict[str, list[tuple[tuple[ProbeResult, ...], ...]]] = {start: [] for start in segment}
             rounds = list(self._rounds(batches, needed))
             for group in rounds:
                 cached = [self._cached(session, batch, needed) for batch in group]
@@ -68,7 +69,7 @@ class ProbeRuns:
                     parts[job.suffix.start].append(found)
                     if len(parts[job.suffix.start]) == len(rounds):
                         by_round = parts.pop(job.suffix.start)
-                        yield job.suffix.start, tuple(joined(results) for results in zip(*by_round, strict=True))
+                        yield job.suffix.start, tuple(tuple(chain(*r)) for r in zip(*by_round, strict=True))
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def _segments(self, samples: int) -> Iterator[list[str]]:

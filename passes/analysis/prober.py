@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -57,8 +58,20 @@ class Prober:
 
     def measure(self, probes: Collection[Probe]) -> dict[Probe, ProbeResult]:
         """What each probe does. What the store knows is not measured again; each result is stored when it is there."""
-        by_chunk = [self._on_chunk(chunk, probes) for chunk in self._batches.chunks]
-        return {probe: joined([results[probe] for results in by_chunk]) for probe in probes}
+        chunks, store = self._batches.chunks, self._analyses.inputs.resources.store
+        keys = {(probe, chunk): self._key(probe, chunk) for probe in probes for chunk in chunks}
+        known = store.get_many(list(keys.values()))
+        results = {pair: ProbeResult(**known[key]) for pair, key in keys.items() if key in known}
+        # Together: what lacks the same chunks. Mostly all of it lacks all.
+        missing: dict[tuple[Chunk, ...], dict[str, list[Direction]]] = {}
+        for probe in dict.fromkeys(probes):
+            if lacking := tuple(chunk for chunk in chunks if (probe, chunk) not in results):
+                missing.setdefault(lacking, {}).setdefault(probe.start, []).append(probe.direction)
+        for lacking, wanted in missing.items():
+            for pair, result in self._run(lacking, wanted):
+                store.put(keys[pair], vars(result), subject=self._subject, what="probe")
+                results[pair] = result
+        return {probe: joined([results[probe, chunk] for chunk in chunks]) for probe in probes}
 
     def batches(self) -> Iterator[Batch]:
         """The samples."""
@@ -74,26 +87,19 @@ class Prober:
             store.put(key, found, subject=self._subject, what="audit")
         return found
 
-    def _on_chunk(self, chunk: Chunk, probes: Collection[Probe]) -> dict[Probe, ProbeResult]:
-        store = self._analyses.inputs.resources.store
-        keys = {probe: self._key(probe, chunk) for probe in probes}
-        known = store.get_many(list(keys.values()))
-        results = {probe: ProbeResult(**known[key]) for probe, key in keys.items() if key in known}
-        missing: dict[str, list[Direction]] = {}
-        for probe in keys:
-            if probe not in results:
-                missing.setdefault(probe.start, []).append(probe.direction)
-        if not missing:
-            return results
-        runs = ProbeRuns(self._graph, self._analyses, missing)
-        with self._analyses.inputs.progress.track("probing", len(missing)) as advance:
-            for start, found in runs.over(self._batches.of(chunk)):
-                for direction, result in zip(missing[start], found, strict=True):
-                    probe = Probe(start, direction)
-                    results[probe] = result
-                    store.put(keys[probe], vars(result), subject=self._subject, what="probe")
+    def _run(
+        self, chunks: Sequence[Chunk], wanted: Mapping[str, Sequence[Direction]]
+    ) -> Iterator[tuple[tuple[Probe, Chunk], ProbeResult]]:
+        batches = {chunk: self._batches.of(chunk) for chunk in chunks}
+        runs = ProbeRuns(self._graph, self._analyses, wanted)
+        with self._analyses.inputs.progress.track("probing", len(wanted)) as advance:
+            for start, found in runs.over([batch for chunk in chunks for batch in batches[chunk]]):
+                for direction, parts in zip(wanted[start], found, strict=True):
+                    of_batches = iter(parts)
+                    for chunk in chunks:
+                        own = list(islice(of_batches, len(batches[chunk])))
+                        yield (Probe(start, direction), chunk), joined(own)
                 advance(1)
-        return results
 
     def _key(self, probe: Probe, chunk: Chunk) -> str:
         """Everything that a result depends on."""
