@@ -31,14 +31,13 @@ from curvature_restart import run_restart
 from curvature_whole import run_whole
 from main_job import environment
 
-from lcpaq_onnx.store import STORE_FILE
 
 _TRUTH_IMAGES, _QUICK_TRUTH_IMAGES = 5000, 500
 
 
 def parts(assets: Assets, folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Part]]:
     """By name, in the order in which they run."""
-    quick, store = options.quick, folder / "probes" / STORE_FILE
+    quick, store = options.quick, folder / "probes"
     truth_images = options.truth_images or (_QUICK_TRUTH_IMAGES if quick else _TRUTH_IMAGES)
     return {
         "naive": lambda: run_naive(assets, quick=quick),

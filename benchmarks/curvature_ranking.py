@@ -27,7 +27,7 @@ _USUAL = 256
 
 
 def run_ranking(assets: Assets, store: Path, *, truth_images: int, quick: bool) -> Part:
-    """``store``: file where probes are kept. The claim is for the table of all calibration images; ``quick``: 128."""
+    """``store``: folder where probes are kept. The claim is for the table of all calibration images; ``quick``: 128."""
     samples = _QUICK_SAMPLES if quick else _SAMPLES
     task = assets.task(_TASK, samples[-1], truth_images)
     subject = Subject.of(task.model, task.calibration)
