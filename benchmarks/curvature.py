@@ -31,7 +31,6 @@ from curvature_restart import run_restart
 from curvature_whole import run_whole
 from main_job import environment
 
-
 _TRUTH_IMAGES, _QUICK_TRUTH_IMAGES = 5000, 500
 
 

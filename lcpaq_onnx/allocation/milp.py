@@ -100,11 +100,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Optimum of the linear relaxation, d(optimum)/d(bound) of each row, and reduced cost of each column."""
+    """Optimum of the linear relaxation, d(optimum)/d(bound) of each row, reduced cost and value of each column."""
 
     value: float
     duals: FloatArray
     reduced_costs: FloatArray
+    x: FloatArray
 
 
 def solve(milp: Milp, limits: SearchLimits, hint: FloatArray | None = None) -> Outcome:
@@ -144,8 +145,10 @@ def relax(milp: Milp, seconds: float) -> Relaxation | None:
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL or not result.has_dual_feasible_solution():
         return None
     duals = np.array(result.dual_values(list(model.linear_constraints())), dtype=np.float64)
-    reduced_costs = np.array(result.reduced_costs(list(model.variables())), dtype=np.float64)
-    return Relaxation(float(result.objective_value()), duals, reduced_costs)
+    columns = list(model.variables())
+    reduced_costs = np.array(result.reduced_costs(columns), dtype=np.float64)
+    x = np.array(result.variable_values(columns), dtype=np.float64)
+    return Relaxation(float(result.objective_value()), duals, reduced_costs, x)
 
 
 def _model(milp: Milp, *, integers: int) -> mathopt.Model:

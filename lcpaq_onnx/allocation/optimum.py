@@ -22,15 +22,20 @@ from lcpaq_onnx.errors import BudgetError
 
 __all__ = [
     "LIMIT_SLACK",
+    "Capped",
     "Caps",
     "Effort",
     "Goal",
     "Optimum",
     "Relaxed",
+    "capped_by",
     "is_feasible",
     "meets",
+    "milp_of",
     "minimise",
     "relaxation",
+    "relaxed_under",
+    "valued",
 ]
 
 Caps = Mapping[Column, float]
@@ -59,13 +64,14 @@ class Effort:
 
 @dataclass(frozen=True, eq=False)
 class Relaxed:
-    """Optimum of the linear relaxation in the goal's unit, its slope d(value)/d(cap) by capped column (<= 0), and what
-    a variable of the programme surely adds to it (reduced costs).
+    """Optimum of the linear relaxation in the goal's unit, its slope d(value)/d(cap) by capped column (<= 0), what a
+    variable of the programme surely adds to it (reduced costs), and the variables themselves.
     """
 
     value: float
     slopes: dict[Column, float]
     reduced_costs: FloatArray
+    x: FloatArray
 
     def worse_than(self, value: float) -> npt.NDArray[np.bool_]:
         """Variables that no plan of this or a lower value takes."""
@@ -112,14 +118,14 @@ def minimise(
     time and never change the optimum. Raises BudgetError when no
     plan was found in time and none was disproved.
     """
-    capped = _capped(programme, caps)
+    capped = capped_by(programme, caps)
     if capped is None:
         return None
     if closed is not None:
         capped = replace(capped, upper=np.where(closed, 0.0, capped.upper))
-    best = None if start is None else _valued(programme, goal, start.assignment)
+    best = None if start is None else valued(programme, goal, start.assignment)
     scale = SCALE / _largest(programme, goal)
-    relaxed = _relaxed(programme, goal, capped, effort) if best is None else None
+    relaxed = relaxed_under(programme, goal, capped, effort) if best is None else None
     near = best or relaxed
     if near is not None:
         scale = _rescaled(scale, near.value)
@@ -127,11 +133,11 @@ def minimise(
     hint = None if best is None else programme.vector(best.assignment)
     for _ in range(_ROUNDS):
         outcome = solve(
-            _milp(programme, goal, capped, scale, np.inf if best is None else best.value), effort.limits(), hint
+            milp_of(programme, goal, capped, scale, np.inf if best is None else best.value), effort.limits(), hint
         )
         if outcome.x is None:
             return _without_solution(outcome, best)
-        found = _valued(programme, goal, programme.assignment(outcome.x))
+        found = valued(programme, goal, programme.assignment(outcome.x))
         if not meets(found.totals, caps):
             capped = capped.excluding(programme.exclusion(found.assignment))
             continue
@@ -148,12 +154,12 @@ def minimise(
 
 def relaxation(programme: Programme, goal: Goal, caps: Caps, effort: Effort) -> Relaxed | None:
     """The linear relaxation alone; None when it is infeasible or out of time."""
-    capped = _capped(programme, caps)
-    return None if capped is None else _relaxed(programme, goal, capped, effort)
+    capped = capped_by(programme, caps)
+    return None if capped is None else relaxed_under(programme, goal, capped, effort)
 
 
 @dataclass(frozen=True)
-class _Capped:
+class Capped:
     """Rules and caps as rows; ``upper`` closes the columns that alone break a cap.
 
     ``cap_rows`` gives, for each row behind the rules, its column and factor from the column's unit to the row's.
@@ -163,11 +169,12 @@ class _Capped:
     upper: FloatArray
     cap_rows: tuple[tuple[Column, float], ...]
 
-    def excluding(self, row: Rows) -> _Capped:
-        return _Capped(Rows.stacked([self.rows, row]), self.upper, self.cap_rows)
+    def excluding(self, row: Rows) -> Capped:
+        return Capped(Rows.stacked([self.rows, row]), self.upper, self.cap_rows)
 
 
-def _capped(programme: Programme, caps: Caps) -> _Capped | None:
+def capped_by(programme: Programme, caps: Caps) -> Capped | None:
+    """The rules with ``caps`` as rows; None when the fixed part alone is beyond a cap."""
     upper = np.ones(programme.width)
     rows = [programme.rules]
     cap_rows: list[tuple[Column, float]] = []
@@ -184,10 +191,10 @@ def _capped(programme: Programme, caps: Caps) -> _Capped | None:
             factor = SCALE / room
             rows.append(Rows.below(columns, values * factor, SCALE))
             cap_rows.append((column, factor))
-    return _Capped(Rows.stacked(rows), upper, tuple(cap_rows))
+    return Capped(Rows.stacked(rows), upper, tuple(cap_rows))
 
 
-def _milp(programme: Programme, goal: Goal, capped: _Capped, scale: float, best_value: float) -> Milp:
+def milp_of(programme: Programme, goal: Goal, capped: Capped, scale: float, best_value: float) -> Milp:
     """Minimise ``goal`` times ``scale``. Costs are >= 0: a column that alone costs more than a known plan is closed."""
     if goal == "peak_memory_bytes":
         return _peak_milp(programme, capped, scale)
@@ -198,7 +205,7 @@ def _milp(programme: Programme, goal: Goal, capped: _Capped, scale: float, best_
     return Milp(np.minimum(costs * scale, SCALE * 1e6), fixed * scale, upper, programme.choices, capped.rows)
 
 
-def _peak_milp(programme: Programme, capped: _Capped, scale: float) -> Milp:
+def _peak_milp(programme: Programme, capped: Capped, scale: float) -> Milp:
     peak = programme.width
     steps = [
         Rows.below(np.append(columns, peak), np.append(values * scale, -1.0), -fixed * scale)
@@ -217,9 +224,10 @@ def _parts(programme: Programme, column: Column) -> tuple[tuple[FloatArray, npt.
     return ((programme.costs[column][costly], costly, programme.fixed[column]),)
 
 
-def _relaxed(programme: Programme, goal: Goal, capped: _Capped, effort: Effort) -> Relaxed | None:
+def relaxed_under(programme: Programme, goal: Goal, capped: Capped, effort: Effort) -> Relaxed | None:
+    """The linear relaxation; None when it is infeasible or out of time."""
     scale = SCALE / _largest(programme, goal)
-    solved = relax(_milp(programme, goal, capped, scale, np.inf), effort.limits().seconds)
+    solved = relax(milp_of(programme, goal, capped, scale, np.inf), effort.limits().seconds)
     if solved is None:
         return None
     slopes: dict[Column, float] = {}
@@ -228,10 +236,11 @@ def _relaxed(programme: Programme, goal: Goal, capped: _Capped, effort: Effort) 
     ):
         slopes[column] = slopes.get(column, 0.0) + dual * factor / scale
     reduced_costs = (solved.reduced_costs[: programme.width] - _DUAL_SLACK) / scale
-    return Relaxed(solved.value / scale, slopes, reduced_costs)
+    return Relaxed(solved.value / scale, slopes, reduced_costs, solved.x[: programme.width])
 
 
-def _valued(programme: Programme, goal: Goal, assignment: dict[str, str]) -> Optimum:
+def valued(programme: Programme, goal: Goal, assignment: dict[str, str]) -> Optimum:
+    """A legal assignment with its totals and its value, and nothing proven."""
     totals = programme.problem.evaluate(assignment)
     if goal == "nothing":
         value = 0.0

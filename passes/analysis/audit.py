@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -76,13 +77,14 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
         layers = {layer.name: layer for layer in analyses.get(GraphStructure).layers}
         nodes = nodes_by_name(graph)
 
+        @cache  # plans of few widths share most of their layers
+        def rounded(name: str, bits: int) -> NDArray[np.float32]:
+            weight = weight_values(nodes[name], layers[name])
+            return weight + Rounding(bits).error(weight, layers[name].channel_axis)
+
         def jobs() -> Iterator[WholeJob]:
             for plan in drawn:
-                weights = {}
-                for name, bits in plan.items():
-                    layer = layers[name]
-                    weight = weight_values(nodes[name], layer)
-                    weights[layer.weight] = weight + Rounding(bits).error(weight, layer.channel_axis)
+                weights = {layers[name].weight: rounded(name, bits) for name, bits in plan.items()}
                 yield WholeJob(model, graph.base_dir, weights, answers, teacher.loss, resources.probe_options)
 
         return np.array([loss for _, loss in resources.workers.each(run_whole, jobs())])
