@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcpaq_onnx.allocation.allocate import Objective
-from lcpaq_onnx.budget import Budget, Dimension, parse_budgets
-from lcpaq_onnx.errors import UsageError
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.manager.analysis import Progress, SilentProgress
@@ -23,13 +21,24 @@ from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
 from lcpaq_onnx.passes import QUANTIZE, raise_to
 from lcpaq_onnx.planning.bench import Bench, Settings
-from lcpaq_onnx.planning.choices import Allowed
-from lcpaq_onnx.planning.opening import open_bench, open_data, prepare
+from lcpaq_onnx.planning.goal import Goal
+from lcpaq_onnx.planning.opening import open_bench, open_data
 from lcpaq_onnx.planning.plan import Plan
-from lcpaq_onnx.planning.planner import Planner
 from lcpaq_onnx.planning.refinement import full_analysis
+from lcpaq_onnx.planning.replanning import (
+    DEFAULT_TARGET,
+    Model,
+    allocate,
+    allowed_formats,
+    budgets_of,
+    check_source,
+    check_widths,
+    frontier,
+    prepare,
+    target_of,
+)
 from lcpaq_onnx.planning.stored_analysis import analysis_key, remembered
-from lcpaq_onnx.planning.strategy import Goal, Outcome, plan_for, search_plan
+from lcpaq_onnx.planning.strategy import Outcome, search_plan
 from lcpaq_onnx.runtime.calibration import Source, open_calibration
 from lcpaq_onnx.runtime.declared import declared_inputs
 from lcpaq_onnx.runtime.resources import Execution
@@ -59,10 +68,8 @@ __all__ = [
     "verify",
 ]
 
-Model = graph_io.Source
 # A first look, kept short beside the rest of the job; ``verify`` times ten times as long.
 _TIMING_S = 0.1
-DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +112,14 @@ def quantize(
 
     Without a budget: the fastest plan whose error, measured on the calibration data, stays within 1 % of the output's
     scale with 99 % of the decisions kept. With an error budget: the fastest, then smallest plan within it. With other
-    budgets: the plan of least error, or a faster one whose error is as good (``strategy.plan_for``).
+    budgets: the plan of least error, or a faster one whose error is as good (``goal.plan_for``).
 
     Raises BudgetError when no plan fits, and LcpaqError for a bad model, data or target.
     """
-    loaded = _target(target)
+    loaded = target_of(target)
     source = graph_io.load(model)
-    goal = Goal(_budgets(budget), objective, allowed_formats(weights, activations))
-    _check_widths(goal.allowed, loaded)
+    goal = Goal(budgets_of(budget), objective, allowed_formats(weights, activations))
+    check_widths(goal.allowed, loaded)
     with execution.resources(_name(model, source)) as resources:
         bench = open_bench(source, calibration, samples, settings, progress, resources)
         outcome, report = _search(model, bench, loaded, goal)
@@ -160,48 +167,13 @@ def analyze(
         return remembered(key, data, resources, progress or SilentProgress(), lambda: measured(data, None))
 
 
-def allocate(
-    model: Model,
-    measurements: Measurements,
-    *,
-    target: str | Target = DEFAULT_TARGET,
-    budget: str | Sequence[str] = (),
-    objective: Objective | None = None,
-    weights: Sequence[int] | None = None,
-    activations: Sequence[int] | None = None,
-) -> Plan:
-    """The optimal plan for ``budget`` from saved ``measurements``; the model is read but not run.
-
-    Without an objective: see ``strategy.plan_for``. Raises BudgetError when no plan fits, UsageError when the
-    measurements are of another model.
-    """
-    goal = Goal(_budgets(budget), objective, allowed_formats(weights, activations))
-    return plan_for(_planner(model, measurements, target, goal.allowed), goal)
-
-
-def frontier(
-    model: Model,
-    measurements: Measurements,
-    *,
-    dimension: Dimension = "size",
-    target: str | Target = DEFAULT_TARGET,
-    budget: str | Sequence[str] = (),
-    points: int = 12,
-    weights: Sequence[int] | None = None,
-    activations: Sequence[int] | None = None,
-) -> tuple[Plan, ...]:
-    """Plans of least error from the least ``dimension`` upwards, none dominated."""
-    planner = _planner(model, measurements, target, allowed_formats(weights, activations))
-    return planner.frontier(dimension, _budgets(budget), points)
-
-
 def apply(model: Model, plan: Plan) -> Graph:
     """The quantized model that ``plan`` describes; the same bytes every time. Save it with ``graph_io.save``.
 
     Raises UsageError when the plan was made for another model.
     """
     source = graph_io.load(model)
-    _check_source(source, plan.source_sha256, "plan")
+    check_source(source, plan.source_sha256, "plan")
     return _emit(prepare(source), plan)
 
 
@@ -222,24 +194,8 @@ def verify(
     )
 
 
-def allowed_formats(weights: Sequence[int] | None, activations: Sequence[int] | None) -> Allowed:
-    """Formats a user named by width; 32 among ``activations`` stands for float."""
-    bits = None if weights is None else frozenset(weights)
-    return Allowed(bits, None if activations is None else frozenset(activations))
-
-
 def _emit(prepared: Graph, plan: Plan) -> Graph:
     return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(prepared, plan=plan)).graph
-
-
-def _check_widths(allowed: Allowed, target: Target) -> None:
-    """Refuse widths that the target has not, which would silently leave everything in float."""
-    known = {"weights": set(target.weights.stored_bits), "activations": {*target.activations, 32}}
-    for what, bits in (("weights", allowed.weight_bits), ("activations", allowed.activation_bits)):
-        unknown = sorted((bits or set()) - known[what])
-        if unknown:
-            have = ", ".join(map(str, sorted(known[what])))
-            raise UsageError(f"target '{target.name}' has no {unknown[0]}-bit {what}", hint=f"use some of {have}")
 
 
 def _is_slower(report: Report) -> bool:
@@ -267,14 +223,6 @@ def _prove(model: Model, outcome: Outcome, bench: Bench, target: Target) -> Repo
         )
 
 
-def _planner(model: Model, measurements: Measurements, target: str | Target, allowed: Allowed) -> Planner:
-    source = graph_io.load(model)
-    _check_source(source, measurements.source_sha256, "analysis")
-    loaded = _target(target)
-    _check_widths(allowed, loaded)
-    return Planner(prepare(source), measurements, loaded, allowed)
-
-
 def _name(model: Model, source: Graph) -> str:
     """What a person calls the model."""
     return Path(model).name if isinstance(model, (str, os.PathLike)) else source.name or "model"
@@ -282,16 +230,3 @@ def _name(model: Model, source: Graph) -> str:
 
 def _original(model: Model) -> Path | ModelProto:
     return Path(model) if isinstance(model, (str, os.PathLike)) else model
-
-
-def _check_source(source: Graph, sha256: str, what: str) -> None:
-    if graph_io.content_sha256(source) != sha256:
-        raise UsageError(f"the {what} was made for another model", hint=f"make the {what} again for this one")
-
-
-def _target(target: str | Target) -> Target:
-    return target if isinstance(target, Target) else load_target(target)
-
-
-def _budgets(budget: str | Sequence[str]) -> tuple[Budget, ...]:
-    return parse_budgets([budget] if isinstance(budget, str) else budget)

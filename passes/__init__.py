@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .analysis.output_changes import OutputChanges
     from .analysis.recorded_tensors import RecordedTensors
     from .analysis.reliability import Reliability
-    from .analysis.rounding_errors import WeightEntry
+    from .analysis.rounding_errors import WeightEntry, every_entry
     from .analysis.teacher import teacher_of
     from .pipelines import PREPARE, QUANTIZE, raise_to
 
@@ -46,6 +46,7 @@ __all__ = [
     "SizeModels",
     "WeightEntry",
     "audit",
+    "every_entry",
     "explicit_movers",
     "raise_to",
     "teacher_of",
@@ -88,6 +89,7 @@ BUILTIN_ANALYSES: dict[str, str] = {
 _ELSEWHERE = {
     "WEIGHT_BITS": ".analysis.error_table",
     "audit": ".analysis.audit",
+    "every_entry": ".analysis.rounding_errors",
     "WeightEntry": ".analysis.rounding_errors",
     "explicit_movers": ".analysis.cost_table",
     "PREPARE": ".pipelines",

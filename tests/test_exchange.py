@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcpaq_onnx.allocation.allocate import allocate
-from lcpaq_onnx.allocation.exchange import LEAST_GAIN, Exchanged, exchange, predicted_loss, table_losses
+from lcpaq_onnx.allocation.exchange import LEAST_GAIN, Exchanged, exchange, predicted_loss
+from lcpaq_onnx.allocation.neighbourhood import entry_of
 from lcpaq_onnx.allocation.optimum import Caps, meets
 from lcpaq_onnx.allocation.problem import (
     AllocationProblem,
@@ -47,6 +48,25 @@ def layers(losses: Mapping[str, Mapping[str, float]], **rules: tuple[object, ...
     return AllocationProblem(decisions, REFERENCE, **rules)  # type: ignore[arg-type] # the tests' shorthand
 
 
+def table_losses(problem: AllocationProblem) -> dict[Entry, float]:
+    """The table's loss by entry."""
+    return {
+        entry: option.loss
+        for decision in problem.decisions
+        for option in decision.options
+        if (entry := entry_of(decision, option.format)) is not None
+    }
+
+
+def with_losses(known: Interactions, table: Mapping[Entry, float]) -> Interactions:
+    """The same cosines, with the table's losses of single entries."""
+    wanted = np.array([table[entry] for entry in known.entries])
+    factor = np.sqrt(wanted / np.diagonal(known.gram))
+    gram = known.gram * np.outer(factor, factor)
+    np.fill_diagonal(gram, wanted)
+    return Interactions(known.entries, gram)
+
+
 def interactions(problem: AllocationProblem, correlations: Mapping[tuple[Entry, Entry], float]) -> Interactions:
     """The table's losses, with the given cosines between output changes."""
     table = table_losses(problem)
@@ -54,7 +74,7 @@ def interactions(problem: AllocationProblem, correlations: Mapping[tuple[Entry, 
     row_of = {entry: row for row, entry in enumerate(table)}
     for (first, second), cosine in correlations.items():
         gram[row_of[first], row_of[second]] = gram[row_of[second], row_of[first]] = cosine
-    return Interactions(tuple(table), gram).calibrated(table)
+    return with_losses(Interactions(tuple(table), gram), table)
 
 
 def improved(problem: AllocationProblem, known: Interactions, *texts: str) -> Exchanged:
@@ -303,7 +323,7 @@ def test_a_formulated_problem() -> None:
     rng = np.random.default_rng(5)
     shared = rng.standard_normal((16, 8))
     embeddings = {entry: (rng.standard_normal((16, 8)) + shared * rng.normal()).astype(np.float32) for entry in table}
-    known = interactions_of(embeddings).calibrated(table)
+    known = with_losses(interactions_of(embeddings), table)
     budget = Budget.parse("size<=0.13x")
     start = allocate(problem, [budget]).assignment
     found = checked(problem, start, known, dict([problem.cap(budget)]))

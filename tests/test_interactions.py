@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lcpaq_onnx.errors import UsageError
-from lcpaq_onnx.numeric.interactions import Entry, Interactions, interactions_of
+from lcpaq_onnx.numeric.interactions import Entry, Interactions, interactions_of, steadied_interactions
 
 A, B, C = ("a", "w4"), ("b", "w4"), ("activation x", "a8")
 
@@ -41,24 +41,6 @@ def test_changes_that_cancel_cost_nothing() -> None:
     assert off_by_rounding.loss_of([A, B]) == 0
 
 
-def test_calibration_takes_the_diagonal_and_keeps_the_correlations() -> None:
-    measured = interactions_of(embeddings())
-    steadied = measured.calibrated({A: 4.0, C: 0.0, ("elsewhere", "w2"): 7.0})
-    own = measured.loss_of([B])
-    assert [steadied.loss_of([entry]) for entry in (A, B, C)] == [4.0, own, 0.0]
-    correlation = measured.gram[0, 1] / np.sqrt(measured.gram[0, 0] * measured.gram[1, 1])
-    assert steadied.gram[0, 1] / np.sqrt(4.0 * own) == pytest.approx(correlation, rel=1e-12)
-    assert not steadied.gram[2].any()
-    assert measured.loss_of([A]) != 4.0  # the original is as it was
-
-
-def test_an_embedding_of_nothing_takes_the_loss_of_the_table_without_cross_terms() -> None:
-    changes = embeddings() | {C: np.zeros((70, 5), np.float32)}
-    steadied = interactions_of(changes).calibrated({C: 2.0})
-    assert steadied.loss_of([C]) == 2.0
-    assert steadied.loss_of([A, C]) == pytest.approx(steadied.loss_of([A]) + 2.0, rel=1e-12)
-
-
 def test_no_embeddings() -> None:
     assert interactions_of({}).loss_of([]) == 0
 
@@ -71,11 +53,49 @@ def test_what_cannot_be_used_is_refused() -> None:
         interactions_of(changes | {B: changes[B] * np.float32(np.nan)})
     with pytest.raises(UsageError, match="'b' in w8 has no embedding"):
         interactions_of(changes).loss_of([A, ("b", "w8")])
-    with pytest.raises(UsageError, match="negative"):
-        interactions_of(changes).calibrated({A: -1.0})
     with pytest.raises(UsageError, match="double"):
         Interactions((A, A), np.eye(2))
     with pytest.raises(UsageError, match="square"):
         Interactions((A, B), np.eye(3))
     with pytest.raises(UsageError, match="symmetric"):
         Interactions((A, B), np.array([[1.0, 0.5], [0.0, 1.0]]))
+
+
+# ---- few samples ----------------------------------------------------------------------------------------------------
+def correlations(known: Interactions) -> np.ndarray:
+    """Of different entries."""
+    scale = np.sqrt(np.diagonal(known.gram))
+    return (known.gram / np.outer(scale, scale))[~np.eye(len(scale), dtype=bool)]
+
+
+def drawn(samples: int, entries: int, shared: float, seed: int = 0) -> dict[Entry, np.ndarray]:
+    """Noise of its own for each entry, and ``shared`` times one that is common to all."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal((samples, 4))
+    return {
+        (f"layer{index}", "w4"): (rng.standard_normal((samples, 4)) + shared * common).astype(np.float32)
+        for index in range(entries)
+    }
+
+
+def test_what_both_halves_of_the_samples_show_is_kept() -> None:
+    twice = {entry: np.repeat(rows, 2, axis=0) for entry, rows in drawn(6, 8, 0.5).items()}
+    np.testing.assert_allclose(steadied_interactions(twice).gram, interactions_of(twice).gram, rtol=1e-9, atol=1e-12)
+
+
+def test_correlations_by_chance_are_drawn_to_their_mean() -> None:
+    alone, together = drawn(8, 30, 0.0), drawn(8, 30, 2.0)
+    chance = correlations(interactions_of(alone))
+    # 32 numbers an entry: correlations of 0.18 by chance. Next to nothing of them is left.
+    assert 0.1 < chance.std() < 0.3
+    assert correlations(steadied_interactions(alone)).std() < 0.5 * chance.std()
+    # What all entries have in common is no chance.
+    assert correlations(steadied_interactions(together)).mean() == pytest.approx(0.8, abs=0.1)
+
+
+def test_losses_of_single_entries_stay_and_too_few_samples_show_nothing_else() -> None:
+    rows = drawn(3, 5, 1.0)
+    steadied = steadied_interactions(rows)
+    assert not correlations(steadied).any()
+    np.testing.assert_allclose(np.diagonal(steadied.gram), np.diagonal(interactions_of(rows).gram))
+    assert steadied_interactions({}).loss_of([]) == 0

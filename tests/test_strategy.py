@@ -17,13 +17,12 @@ from lcpaq_onnx.manager.pass_manager import run_pipeline
 from lcpaq_onnx.passes import QUANTIZE, raise_to
 from lcpaq_onnx.planning.bench import Bench, Settings, SourceModel
 from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.goal import Goal, plan_for
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.strategy import (
     DEFAULT_AGREEMENT,
     DEFAULT_RELATIVE_ERROR,
-    Goal,
     Outcome,
-    plan_for,
     search_plan,
 )
 from lcpaq_onnx.runtime.calibration import open_calibration

@@ -29,15 +29,14 @@ def carried(choice: Choice, programme: Programme, goal: Column, caps: Caps) -> C
     totals = choice.allocation.totals
     if assignment is None or dear.evaluate(assignment) != totals or dear.violations(assignment):
         return None
-    first = replace(
-        choice.first,
-        assignment=assignment,
-        totals=totals,
-        relaxed=relaxation(programme, goal, caps, choice.effort),
-    )
-    return replace(
-        choice, programme=programme, allocation=replace(choice.allocation, assignment=assignment), first=first
-    )
+    allocation = replace(choice.allocation, assignment=assignment)
+    if choice.effort.relative_gap > 0:
+        return replace(
+            choice, allocation=allocation
+        )  # prices are rough there, and those of the cheaper problem as good
+    relaxed = relaxation(programme, goal, caps, choice.effort)
+    first = replace(choice.first, assignment=assignment, totals=totals, relaxed=relaxed)
+    return replace(choice, programme=programme, allocation=allocation, first=first)
 
 
 def _is_dearer(dear: AllocationProblem, cheap: AllocationProblem) -> bool:

@@ -1,7 +1,7 @@
 """The core of a large programme: the few options that a good plan may take, by the linear relaxation's reduced costs.
 
-Among hundreds of decisions nearly all are settled by the relaxation. What is left is solved in a tenth of the time, with
-all goals at once, and the relaxation proves how far the answer can be from the best (after Balas and Zemel, 1980).
+Among hundreds of decisions nearly all are settled by the relaxation. What is left is solved in a tenth of the time,
+with all goals at once, and the relaxation proves how far the answer can be from the best (after Balas and Zemel, 1980).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lcpaq_onnx.allocation.problem import AllocationProblem, Column
 from lcpaq_onnx.errors import UsageError
 from lcpaq_onnx.numeric.interactions import Entry, Interactions
 
-__all__ = ["Exchanged", "exchange", "predicted_loss", "table_losses"]
+__all__ = ["Exchanged", "exchange", "predicted_loss"]
 
 LEAST_GAIN = 1e-6
 """A step lowers the predicted loss by more than this part of it."""
@@ -73,16 +73,6 @@ def predicted_loss(problem: AllocationProblem, assignment: Mapping[str, str], in
     known = [entry for _, entry in entries if entry in interactions.row_of]
     alone = [problem.option_of[n, assignment[n]].loss for n, entry in entries if entry not in interactions.row_of]
     return interactions.loss_of(known) + sum(alone)
-
-
-def table_losses(problem: AllocationProblem) -> dict[Entry, float]:
-    """The table's loss by entry, what ``Interactions.calibrated`` takes."""
-    return {
-        entry: option.loss
-        for decision in problem.decisions
-        for option in decision.options
-        if (entry := entry_of(decision, option.format)) is not None
-    }
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import ctypes
 import datetime
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -113,9 +113,9 @@ def solve(milp: Milp, limits: SearchLimits, hint: FloatArray | None = None) -> O
     from ortools.math_opt.python import mathopt
 
     model = _model(milp, integers=milp.integers)
-    columns = list(model.variables())
     started = []
     if hint is not None:
+        columns = list(model.variables())
         known = np.flatnonzero(~np.isnan(hint))
         started = [mathopt.SolutionHint(variable_values={columns[i]: float(hint[i]) for i in known})]
     with _nothing_on_stdout():
@@ -123,7 +123,9 @@ def solve(milp: Milp, limits: SearchLimits, hint: FloatArray | None = None) -> O
             model,
             mathopt.SolverType.HIGHS,
             params=_parameters(limits),
-            model_params=mathopt.ModelSolveParameters(solution_hints=started),
+            model_params=mathopt.ModelSolveParameters(
+                variable_values_filter=mathopt.VariableFilter(skip_zero_values=True), solution_hints=started
+            ),
         )
     reason = result.termination.reason
     infeasible = (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED)
@@ -133,7 +135,7 @@ def solve(milp: Milp, limits: SearchLimits, hint: FloatArray | None = None) -> O
     if not result.has_primal_feasible_solution():
         return Outcome("unknown", None, bound)
     status: Literal["optimal", "feasible"] = "optimal" if reason == mathopt.TerminationReason.OPTIMAL else "feasible"
-    return Outcome(status, np.array(result.variable_values(columns), dtype=np.float64), bound)
+    return Outcome(status, _dense(result.variable_values(), len(milp.upper)), bound)
 
 
 def relax(milp: Milp, seconds: float) -> Relaxation | None:
@@ -141,14 +143,33 @@ def relax(milp: Milp, seconds: float) -> Relaxation | None:
     from ortools.math_opt.python import mathopt
 
     model = _model(milp, integers=0)
-    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=_parameters(SearchLimits(0.0, seconds)))
+    result = mathopt.solve(
+        model,
+        mathopt.SolverType.HIGHS,
+        params=_parameters(SearchLimits(0.0, seconds)),
+        model_params=mathopt.ModelSolveParameters(
+            variable_values_filter=mathopt.VariableFilter(skip_zero_values=True),
+            dual_values_filter=mathopt.LinearConstraintFilter(skip_zero_values=True),
+            reduced_costs_filter=mathopt.VariableFilter(skip_zero_values=True),
+        ),
+    )
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL or not result.has_dual_feasible_solution():
         return None
-    duals = np.array(result.dual_values(list(model.linear_constraints())), dtype=np.float64)
-    columns = list(model.variables())
-    reduced_costs = np.array(result.reduced_costs(columns), dtype=np.float64)
-    x = np.array(result.variable_values(columns), dtype=np.float64)
-    return Relaxation(float(result.objective_value()), duals, reduced_costs, x)
+    return Relaxation(
+        value=float(result.objective_value()),
+        duals=_dense(result.dual_values(), len(milp.rows.lower)),
+        reduced_costs=_dense(result.reduced_costs(), len(milp.upper)),
+        x=_dense(result.variable_values(), len(milp.upper)),
+    )
+
+
+def _dense(
+    values: Mapping[mathopt.Variable, float] | Mapping[mathopt.LinearConstraint, float], size: int
+) -> FloatArray:
+    """All values by id. Zeros were left out: MathOpt makes a Python object of each that it returns."""
+    dense = np.zeros(size)
+    dense[[key.id for key in values]] = list(values.values())
+    return dense
 
 
 def _model(milp: Milp, *, integers: int) -> mathopt.Model:

@@ -44,7 +44,7 @@ class ShadowPrice:
     """Price of one budget.
 
     ``per_unit`` is the first objective's fall per unit of budget in the linear relaxation, in ``unit`` (``loss/MB``).
-    ``text`` says what a definite increase buys, from solving again: ``+100KB size buys −8.1 % error``. Above 1,000
+    ``text`` says what a definite increase buys, from solving again: ``+100KB size buys −8.1 % error``. Above 100
     decisions it is the relaxation that is solved again: ``about −8.1 %``.
     """
 

@@ -103,15 +103,15 @@ def _analyze(args: argparse.Namespace, console: Console) -> int:
 
 def _plan(args: argparse.Namespace, console: Console) -> int:
     budgets = arguments.budgets(args)
-    from lcpaq_onnx import compiler
     from lcpaq_onnx.artefacts import check_writable, write_texts
     from lcpaq_onnx.cli.summaries import plan_text
+    from lcpaq_onnx.planning.replanning import allocate
     from lcpaq_onnx.targets.loader import load as load_target
 
     arguments.refuse_same_file((args.output,), (args.model, args.analysis, args.calibration))
     check_writable((args.output,))
     target = load_target(args.target)  # a typo must not wait for the analysis
-    plan = compiler.allocate(
+    plan = allocate(
         args.model,
         measuring.measurements(args, console),
         target=target,

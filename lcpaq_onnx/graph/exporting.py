@@ -28,7 +28,7 @@ from lcpaq_onnx.graph.notes import (
 from lcpaq_onnx.graph.tensors import field_bytes, onnx_dtype, sparse_message, tensor_message
 from lcpaq_onnx.graph.value_info import is_as_loaded, value_info_message
 
-__all__ = ["Exporter", "function_message", "node_bytes"]
+__all__ = ["Exporter", "function_message", "node_bytes", "node_message"]
 
 _FIRST_IR_WITH_FIXED_INITIALIZERS = 4
 """Up to IR version 3 every initializer must be a graph input too (ONNX IR.md, "Initializers")."""
@@ -182,9 +182,14 @@ def node_bytes(node: gs.Node) -> int:
     """Exact bytes of ``node`` in a GraphProto (tag, length, NodeProto) with the constants that only its subgraphs use,
     but not those it reads itself.
     """
+    return field_bytes(node_message(node).ByteSize())
+
+
+def node_message(node: gs.Node) -> onnx.NodeProto:
+    """``node`` alone, with the constants that only its subgraphs use."""
     uses = Uses()
     outer = uses.declared_outside(node)
-    return field_bytes(Exporter(onnx.IR_VERSION, uses=uses).node(node, outer).ByteSize())
+    return Exporter(onnx.IR_VERSION, uses=uses).node(node, outer)
 
 
 def _rebuilt_function(function: gs.Function) -> onnx.FunctionProto:

@@ -12,12 +12,13 @@ import onnx.version_converter
 import onnx_graphsurgeon as gs
 
 from lcpaq_onnx.errors import ModelError, PassError
+from lcpaq_onnx.graph.exporting import node_message
 from lcpaq_onnx.graph.graph_check import check_graph
 from lcpaq_onnx.graph.graph_io import fix_initializer, load, overridable_initializers, to_proto
 from lcpaq_onnx.graph.model import DEFAULT_DOMAINS, Graph
 from lcpaq_onnx.graph.usage import label, scopes, unwire
 
-__all__ = ["raise_opset"]
+__all__ = ["least_ir_version", "raise_opset", "same_nodes"]
 
 _SHOWN_BYTES = 1024
 """Initializers up to this size are shown to the converter, which looks at scales, axes, pads; larger ones are not."""
@@ -43,13 +44,24 @@ def raise_opset(graph: Graph, to: int) -> None:
         # There every initializer had to be an input; from the next version on that would make it overridable.
         for constant in overridable_initializers(graph):
             fix_initializer(constant)
-    needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", to)])
-    graph.ir_version = max(graph.ir_version, needed)
+    graph.ir_version = max(graph.ir_version, least_ir_version(to))
     graph.opset = to
     try:
         check_graph(graph)
     except ModelError as error:
         raise PassError(f"raised to opset {to}, {error.message}", hint=_HINT) from error
+
+
+def least_ir_version(opset: int) -> int:
+    """The lowest IR version that knows ``opset`` of the default domain."""
+    return int(onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)]))
+
+
+def same_nodes(one: Graph, other: Graph) -> bool:
+    """Whether both consist of the same nodes in the same order, whatever opset they are read by."""
+    return len(one.nodes) == len(other.nodes) and all(
+        node_message(a) == node_message(b) for a, b in zip(one.nodes, other.nodes, strict=True)
+    )
 
 
 def _convert(graph: Graph, to: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,18 @@ from numpy.typing import NDArray
 from lcpaq_onnx.graph.emit import PASS_KEY, made_node
 from lcpaq_onnx.graph.graph_io import constant, node_metadata
 
-__all__ = ["empty_planes", "pack_planes", "unpack_blob", "unpack_cast"]
+__all__ = [
+    "empty_planes",
+    "pack_planes",
+    "padded_count",
+    "restore_piece",
+    "split_pieces",
+    "unpack_blob",
+    "unpack_cast",
+    "unpack_planes",
+]
+
+_Plane = TypeVar("_Plane")
 
 _PLANES = (4, 2, 1)
 """Widths of bit planes: every width from 2 to 7 is a sum of distinct ones, and each divides a byte."""
@@ -60,7 +72,19 @@ def unpack_blob(
     ``planes``: as ``pack_planes`` makes them, of all weights back to back, each padded to a multiple of 8 values.
     ``pieces``: result tensor (int8) and shape of each weight, in the same order.
     """
-    prefix = f"lcpaq/int{bits}"
+    nodes = unpack_planes([constant(f"{_prefix(bits)}/plane{w}", p) for w, p in _by_width(bits, planes)], bits, made_by)
+    chunks: list[gs.Tensor] = [nodes[-1].outputs[0]]
+    if len(pieces) > 1:
+        nodes.append(split_pieces(chunks[0], bits, [(tensor.name, shape) for tensor, shape in pieces], made_by))
+        chunks = list(nodes[-1].outputs)
+    for (tensor, shape), chunk in zip(pieces, chunks, strict=True):
+        nodes += restore_piece(chunk, tensor, shape, made_by)
+    return nodes
+
+
+def unpack_planes(planes: Sequence[gs.Tensor], bits: int, made_by: str) -> list[gs.Node]:
+    """The part of ``unpack_blob`` from ``planes`` to all integers of one width, the last node's output."""
+    prefix = _prefix(bits)
     nodes: list[gs.Node] = []
 
     def step(op: str, name: str, inputs: Sequence[gs.Tensor], **attrs: object) -> gs.Variable:
@@ -71,12 +95,10 @@ def unpack_blob(
     flat = constant(f"{prefix}/flat", np.array([-1], np.int64))
     total: gs.Tensor | None = None
     remaining = bits
-    for width, plane in zip(_widths(bits), planes, strict=True):
+    for width, plane in _by_width(bits, planes):
         remaining -= width
         shifts = constant(f"{prefix}/shift{width}", np.arange(0, 8, width, dtype=np.uint8))
-        field = step(
-            "BitShift", f"lanes{width}", [constant(f"{prefix}/plane{width}", plane), shifts], direction="RIGHT"
-        )
+        field = step("BitShift", f"lanes{width}", [plane, shifts], direction="RIGHT")
         field = step("Mod", f"field{width}", [field, constant(f"{prefix}/mod{width}", np.array(1 << width, np.uint8))])
         field = step("Reshape", f"flat{width}", [field, flat])
         if remaining:
@@ -85,22 +107,43 @@ def unpack_blob(
         total = field if total is None else step("Add", f"sum{width}", [total, field])
     assert total is not None
     signed = step("Cast", "cast", [total], to=onnx.TensorProto.INT8)
-    signed = step("Sub", "signed", [signed, constant(f"{prefix}/offset", np.array(1 << (bits - 1), np.int8))])
-    counts = [int(np.prod(shape, dtype=np.int64)) for _, shape in pieces]
-    padded = [-(-count // 8) * 8 for count in counts]
-    chunks = [signed]
-    if len(pieces) > 1:
-        chunks = [gs.Variable(f"{tensor.name}/flat") for tensor, _ in pieces]
-        split = gs.Node("Split", f"{prefix}/split", inputs=[signed, constant(f"{prefix}/counts", np.array(padded))])
-        split.outputs = chunks
-        node_metadata(split)[PASS_KEY] = made_by
-        nodes.append(split)
-    for (tensor, shape), chunk, count, size in zip(pieces, chunks, counts, padded, strict=True):
-        if count != size:
-            ends = [constant(f"{tensor.name}/{name}", np.array([n])) for name, n in (("begin", 0), ("end", count))]
-            cut = gs.Variable(f"{tensor.name}/cut")
-            nodes.append(made_node("Slice", cut.name, [chunk, *ends], cut, made_by))
-            chunk = cut
-        dims = constant(f"{tensor.name}/shape", np.array(shape, np.int64))
-        nodes.append(made_node("Reshape", f"{tensor.name}/Reshape", [chunk, dims], tensor, made_by))
+    step("Sub", "signed", [signed, constant(f"{prefix}/offset", np.array(1 << (bits - 1), np.int8))])
     return nodes
+
+
+def split_pieces(
+    integers: gs.Tensor, bits: int, pieces: Sequence[tuple[str, tuple[int, ...]]], made_by: str
+) -> gs.Node:
+    """The part of ``unpack_blob`` that cuts ``integers`` into one chunk for each piece (name and shape)."""
+    prefix = _prefix(bits)
+    padded = [padded_count(shape) for _, shape in pieces]
+    split = gs.Node("Split", f"{prefix}/split", inputs=[integers, constant(f"{prefix}/counts", np.array(padded))])
+    split.outputs = [gs.Variable(f"{name}/flat") for name, _ in pieces]
+    node_metadata(split)[PASS_KEY] = made_by
+    return split
+
+
+def restore_piece(chunk: gs.Tensor, tensor: gs.Tensor, shape: tuple[int, ...], made_by: str) -> list[gs.Node]:
+    """The part of ``unpack_blob`` from one padded chunk to the weight itself."""
+    nodes = []
+    count = int(np.prod(shape, dtype=np.int64))
+    if count != padded_count(shape):
+        ends = [constant(f"{tensor.name}/{name}", np.array([n])) for name, n in (("begin", 0), ("end", count))]
+        cut = gs.Variable(f"{tensor.name}/cut")
+        nodes.append(made_node("Slice", cut.name, [chunk, *ends], cut, made_by))
+        chunk = cut
+    dims = constant(f"{tensor.name}/shape", np.array(shape, np.int64))
+    return [*nodes, made_node("Reshape", f"{tensor.name}/Reshape", [chunk, dims], tensor, made_by)]
+
+
+def padded_count(shape: tuple[int, ...]) -> int:
+    """Values that a weight takes among packed ones: whole bytes of the narrowest plane."""
+    return -(-int(np.prod(shape, dtype=np.int64)) // 8) * 8
+
+
+def _prefix(bits: int) -> str:
+    return f"lcpaq/int{bits}"
+
+
+def _by_width(bits: int, planes: Sequence[_Plane]) -> Iterable[tuple[int, _Plane]]:
+    return zip(_widths(bits), planes, strict=True)

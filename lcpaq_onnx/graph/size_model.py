@@ -8,24 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from lcpaq_onnx.formats import QFormat
-from lcpaq_onnx.graph import emit, packing
+from lcpaq_onnx.graph import byte_counts, emit
+from lcpaq_onnx.graph.byte_counts import (
+    DUMMIES,
+    blob_bytes,
+    conversion_pair_bytes,
+    integer_bias_bytes,
+    packed_bytes,
+    stand_in,
+    weight_bytes,
+)
 from lcpaq_onnx.graph.graph_io import Graph, constant_bytes, node_bytes, section_bytes
 from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.query import ActivationGroup, Layer, Structure, nodes_by_name
-from lcpaq_onnx.numeric.rounding import QuantizedWeight
 
 __all__ = ["SizeModel", "StoredLayer"]
 
 # Length prefixes inside the shared packed constants (dimensions, raw data, Split) that grow with their number.
 _BLOB_SLACK_BYTES = 48
-_KEPT_COUNTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,9 @@ class SizeModel:
         self._inputs = {tensor.name for tensor in graph.inputs}
         self._outputs = {tensor.name for tensor in graph.outputs}
         self._payer = _payers(structure)
+        self._owned: dict[str, list[gs.Constant]] = {}
+        self._layer_bytes: dict[tuple[str, StoredLayer], int] = {}
+        self._group_bytes: dict[tuple[str, QFormat], int] = {}
 
     # ---- per decision, upper bounds ---------------------------------------------------------------------------------
     @property
@@ -69,22 +78,27 @@ class SizeModel:
 
     def layer_bytes(self, name: str, stored: StoredLayer) -> int:
         """Bytes of a layer's constants and of the nodes that restore them, shared ones apart."""
-        layer = self._layers[name]
-        if stored.storage == "packed-bytes":
-            assert stored.weight is not None
-            others = _DUMMIES[:2]
-            alone, more = (_blob_bytes(stored.weight.bits, p) for p in (others, (*others, self._piece(layer))))
-            return self._own_bytes(layer, stored) + more - alone
-        return self._own_bytes(layer, stored)
+        key = (name, stored)
+        if key not in self._layer_bytes:
+            layer = self._layers[name]
+            self._layer_bytes[key] = self._own_bytes(layer, stored)
+            if stored.storage == "packed-bytes":
+                assert stored.weight is not None
+                piece, shape = self._piece(layer)
+                self._layer_bytes[key] += packed_bytes(stored.weight.bits, stand_in(piece), shape)
+        return self._layer_bytes[key]
 
     def group_bytes(self, group: ActivationGroup, format: QFormat) -> int:
         """Bytes of the conversions of an activation group, renamed neighbours included."""
-        renames = sum(_longer(node, by) for node, by in self._renames(group, format))
-        return self._conversion_bytes(group, format) + renames
+        key = (group.name, format)
+        if key not in self._group_bytes:
+            renames = sum(_longer(node, by) for node, by in self._renames(group, format))
+            self._group_bytes[key] = self._conversion_bytes(group, format) + renames
+        return self._group_bytes[key]
 
     def blob_bytes(self, bits: int) -> int:
         """Bytes of the expression that unpacks all packed weights of one width, without any weight."""
-        two, three = (_blob_bytes(bits, _DUMMIES[:count]) for count in (2, 3))
+        two, three = (blob_bytes(bits, DUMMIES[:count]) for count in (2, 3))
         return two - 2 * (three - two) + _BLOB_SLACK_BYTES
 
     def isolated_bytes(self, name: str, channels: int, format: QFormat) -> int:
@@ -120,7 +134,7 @@ class SizeModel:
                 by = _isolated_growth(layer) - (_growth(layer.input, "/dq") if layer.input in self._inputs else 0)
                 longer[name] = longer.get(name, 0) + by
         for bits, members in packed.items():
-            graph_bytes += _blob_bytes(bits, tuple(self._piece(layer) for layer in members))
+            graph_bytes += blob_bytes(bits, tuple(self._piece(layer) for layer in members))
         for name, by in longer.items():
             payload = _payload(node_bytes(self._nodes[name]))
             graph_bytes += _prefixed(payload + by) - _prefixed(payload)
@@ -131,10 +145,11 @@ class SizeModel:
         return sum(constant_bytes(t) for t in self._own_constants(layer))
 
     def _own_constants(self, layer: Layer) -> list[gs.Constant]:
-        names = {layer.weight, layer.bias}
-        node = self._nodes[layer.name]
-        constants = [t for t in node.inputs if t.name in names and isinstance(t, gs.Constant)]
-        return [t for t in constants if self._payer[t.name] == layer.name]
+        if layer.name not in self._owned:
+            names = {layer.weight, layer.bias}
+            constants = [t for t in self._nodes[layer.name].inputs if t.name in names and isinstance(t, gs.Constant)]
+            self._owned[layer.name] = [t for t in constants if self._payer[t.name] == layer.name]
+        return self._owned[layer.name]
 
     def _own_bytes(self, layer: Layer, stored: StoredLayer) -> int:
         owned = {t.name: t for t in self._own_constants(layer)}
@@ -144,48 +159,49 @@ class SizeModel:
             total += (
                 constant_bytes(weight)
                 if stored.weight is None
-                else _weight_bytes(
-                    layer.weight, layer.weight_shape, stored.weight, stored.storage, stored.with_scale_only
+                else weight_bytes(
+                    stand_in(layer.weight),
+                    layer.weight_shape,
+                    stored.weight,
+                    stored.storage,
+                    stored.with_scale_only,
                 )
             )
         if layer.bias in owned:
             bias = owned[layer.bias]
             if stored.integer_bias:
                 assert stored.weight is not None
-                total += _integer_bias_bytes(
-                    bias.name, tuple(bias.shape), is_per_channel=stored.weight.axis is not None
+                total += integer_bias_bytes(
+                    stand_in(bias.name), tuple(bias.shape), is_per_channel=stored.weight.axis is not None
                 )
             else:
                 total += constant_bytes(bias)
         return total
 
     def _conversion_bytes(self, group: ActivationGroup, format: QFormat) -> int:
-        scale, zero_point = emit.activation_constants(group.name, 1.0, 0, format)
-        nodes, orphans = [], 0
+        constants = emit.activation_constants(group.name, 1.0, 0, format)
+        scale, zero_point = (stand_in(tensor.name) for tensor in constants)
+        explicit = self._moves_integers(format)
+        nodes = orphans = 0
         for name in group.tensors:
-            source, result = emit.conversion_ends(name, is_input=name in self._inputs)
-            pair = emit.quantize_dequantize(source, result, scale, zero_point, name=name, made_by=emit.QDQ_PASS)
             tensor = self._tensors[name]
-            is_integer = emit.written_on_integers(tensor, self._moves_integers(format))
-            nodes += pair[1:] if is_integer else pair
-            if emit.read_on_integers(tensor, self._moves_integers(format), is_output=name in self._outputs):
-                nodes.remove(pair[1])
-            if is_integer:
+            pair = conversion_pair_bytes(stand_in(name), scale, zero_point, name in self._inputs)
+            is_written = emit.written_on_integers(tensor, explicit)
+            is_read = emit.read_on_integers(tensor, explicit, is_output=name in self._outputs)
+            nodes += (0 if is_written else pair[0]) + (0 if is_read else pair[1])
+            if is_written:
                 orphans += sum(
                     constant_bytes(fill) for fill in emit.fills_of(tensor.inputs[0]) if len(fill.outputs) == 1
                 )
-        return emit.emitted_bytes(nodes) - orphans
+        return nodes - orphans + (sum(map(constant_bytes, constants)) if nodes else 0)
 
     def _moves_integers(self, format: QFormat) -> frozenset[str]:
         return self._explicit if format.bits == 8 else frozenset()
 
     def _isolated_bytes(self, layer: Layer, channels: int, format: QFormat) -> int:
-        result = gs.Variable(emit.isolated_name(layer.input, layer.name))
-        integers = gs.Variable(f"{layer.input}/q")
-        node = emit.isolated_dequantize(
-            integers, result, 1.0, 0, channels, format, emit.QDQ_PASS, axis=facts_of(layer.op).input_channel_axis
-        )
-        return emit.emitted_bytes([node])
+        integers, result = f"{layer.input}/q", emit.isolated_name(layer.input, layer.name)
+        axis = facts_of(layer.op).input_channel_axis
+        return byte_counts.isolated_bytes(stand_in(integers), stand_in(result), channels, format, axis)
 
     def _piece(self, layer: Layer) -> tuple[str, tuple[int, ...]]:
         return f"{layer.weight}/q", layer.weight_shape
@@ -211,46 +227,6 @@ class SizeModel:
     @cached_property
     def _tensors(self) -> dict[str, gs.Tensor]:
         return dict(self._graph.tensors())
-
-
-# ---- pure counts, asked for again by every format that shares them -------------------------------------------------
-@lru_cache(maxsize=_KEPT_COUNTS)
-def _weight_bytes(name: str, shape: tuple[int, ...], format: QFormat, storage: str, with_scale_only: bool) -> int:
-    """Bytes of a quantized weight and of the nodes that restore it, without shared packed constants."""
-    scale = np.ones(() if format.axis is None else shape[format.axis], np.float32)
-    zeros = np.zeros(shape, np.int8)
-    weight = QuantizedWeight(zeros if format.bits <= 8 else zeros.astype(np.int16), scale, format)
-    result = gs.Variable(name)
-    if with_scale_only:
-        nodes = emit.scale_weight(weight, result, emit.ROUND_PASS)
-    else:
-        nodes = [emit.dequantize_weight(weight, result, emit.ROUND_PASS)]
-    if storage == "plain":
-        return emit.emitted_bytes(nodes)
-    integers = nodes[0].inputs[0]
-    total = emit.emitted_bytes(nodes, shared=[integers])
-    if storage == "cast":
-        total += emit.emitted_bytes([packing.unpack_cast(zeros, format.bits, integers, emit.PACK_PASS)])
-    return total
-
-
-@lru_cache(maxsize=_KEPT_COUNTS)
-def _integer_bias_bytes(name: str, shape: tuple[int, ...], *, is_per_channel: bool) -> int:
-    scale = np.ones(shape if is_per_channel else (), np.float32)
-    node = emit.dequantize_bias(np.zeros(shape, np.int32), scale, gs.Variable(name), emit.BIAS_PASS)
-    return emit.emitted_bytes([node])
-
-
-@lru_cache(maxsize=_KEPT_COUNTS)
-def _blob_bytes(bits: int, pieces: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
-    """Bytes of the expression that unpacks ``pieces`` (name and shape of each weight) of one width."""
-    values = sum(-(-int(np.prod(shape, dtype=np.int64)) // 8) * 8 for _, shape in pieces)
-    named = [(gs.Variable(name), shape) for name, shape in pieces]
-    return emit.emitted_bytes(packing.unpack_blob(packing.empty_planes(values, bits), bits, named, emit.PACK_PASS))
-
-
-# Two pieces make the Split that any more share; the third shows what one piece adds.
-_DUMMIES = (("a/q", (8,)), ("b/q", (8,)), ("c/q", (8,)))
 
 
 def _varint_bytes(value: int) -> int:

@@ -64,21 +64,6 @@ class Interactions:
         # Changes that cancel can leave less than nothing by rounding.
         return max(float(self.gram[np.ix_(rows, rows)].sum()), 0.0)
 
-    def calibrated(self, table_losses: Mapping[Entry, float]) -> Interactions:
-        """The same correlations with the diagonal of the error table, which is steadied over samples and widths.
-
-        Entries that the table lacks stay as they are; one whose own embedding is zero has no correlation to keep.
-        Raises UsageError on a loss that is negative or not finite.
-        """
-        own = np.diagonal(self.gram)
-        wanted = np.array([table_losses.get(entry, loss) for entry, loss in zip(self.entries, own, strict=True)])
-        if not (np.isfinite(wanted) & (wanted >= 0)).all():
-            raise UsageError("the error table has a loss that is negative or not finite", hint="measure it again")
-        factor = np.sqrt(np.divide(wanted, own, out=np.zeros_like(wanted), where=own > 0))
-        gram = self.gram * np.outer(factor, factor)
-        np.fill_diagonal(gram, wanted)
-        return Interactions(self.entries, gram)
-
 
 def interactions_of(embeddings: Mapping[Entry, NDArray[np.float32]]) -> Interactions:
     """Interactions of all ``embeddings``, each [samples, numbers] of one shape, in their order.
@@ -123,7 +108,7 @@ def steadied_interactions(embeddings: Mapping[Entry, NDArray[np.float32]]) -> In
         return Interactions(whole.entries, np.diag(np.diagonal(whole.gram)))
     halves = [interactions_of({e: rows[first::2] for e, rows in embeddings.items()}) for first in (0, 1)]
     first, second = (_correlations(half.gram)[others] for half in halves)
-    shared = max(float(np.cov(first, second)[0, 1] / (first.var() + second.var() + _TINY) * 2), 0.0)
+    shared = max(float(np.cov(first, second, bias=True)[0, 1] / (first.var() + second.var() + _TINY) * 2), 0.0)
     kept = 2 * shared / (1 + shared)
     scale, correlations = np.sqrt(np.diagonal(whole.gram)), _correlations(whole.gram)
     drawn = kept * correlations + (1 - kept) * correlations[others].mean()

@@ -30,6 +30,7 @@ from lcpaq_onnx.passes import (
     Reliability,
     WeightEntry,
     audit,
+    every_entry,
     teacher_of,
 )
 from lcpaq_onnx.planning.formulate import activation_decision
@@ -151,8 +152,8 @@ class Bench:
 
     def every_entry(self, weight_bits: Collection[int] | None) -> frozenset[WeightEntry]:
         """All layers at all of ``weight_bits`` (None: all widths) that can be measured."""
-        bits = [b for b in _MEASURABLE_BITS if weight_bits is None or b in weight_bits]
-        return frozenset((layer.name, b) for layer in self._analyses.get(GraphStructure).layers for b in bits)
+        bits = tuple(b for b in _MEASURABLE_BITS if weight_bits is None or b in weight_bits)
+        return every_entry(self._analyses, bits)
 
     def weights_of_layers(self) -> dict[str, int]:
         """Number of weights of each layer."""

@@ -5,20 +5,13 @@ from __future__ import annotations
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.manager.analysis import Progress, SilentProgress
-from lcpaq_onnx.manager.pass_base import PassContext
-from lcpaq_onnx.manager.pass_manager import run_pipeline
-from lcpaq_onnx.passes import PREPARE
 from lcpaq_onnx.planning.bench import Bench, Settings, SourceModel
+from lcpaq_onnx.planning.replanning import prepare
 from lcpaq_onnx.runtime.calibration import CalibrationData, Source, open_calibration
 from lcpaq_onnx.runtime.resources import Resources
 from lcpaq_onnx.runtime.session import Session, SessionOptions
 
-__all__ = ["open_bench", "open_data", "prepare"]
-
-
-def prepare(source: Graph) -> Graph:
-    """A copy of ``source`` in which weights are exposed and batch norms folded; computes the same."""
-    return run_pipeline(PREPARE, PassContext.of(source)).graph
+__all__ = ["open_bench", "open_data"]
 
 
 def open_data(source: Graph, calibration: Source, samples: int | None) -> CalibrationData:

@@ -11,14 +11,15 @@ from lcpaq_onnx.errors import BudgetError
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.planning.bench import Bench
 from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.goal import FASTEST, Goal, exchanged_plan_for, plan_for
 from lcpaq_onnx.planning.plan import Plan
-from lcpaq_onnx.planning.planner import NEGLIGIBLE_RELATIVE_ERROR, Planner, tolerated_error
+from lcpaq_onnx.planning.planner import NEGLIGIBLE_RELATIVE_ERROR, Planner
 from lcpaq_onnx.planning.refinement import refined
 from lcpaq_onnx.tables import Measurements, Sensitivity
 from lcpaq_onnx.targets.target import Target
 from lcpaq_onnx.verification.measure import MeasuredError
 
-__all__ = ["DEFAULT_AGREEMENT", "DEFAULT_RELATIVE_ERROR", "Goal", "Outcome", "plan_for", "search_plan"]
+__all__ = ["DEFAULT_AGREEMENT", "DEFAULT_RELATIVE_ERROR", "Outcome", "search_plan"]
 
 DEFAULT_RELATIVE_ERROR = NEGLIGIBLE_RELATIVE_ERROR
 """Without a budget, root mean square error of the output over its range on the calibration data."""
@@ -31,38 +32,6 @@ _MARGIN = 0.9
 _STEP = 0.7
 
 Emit = Callable[[Graph, Plan], Graph]
-_OBJECTIVES: dict[Objective, tuple[Objective, ...]] = {
-    "error": ("error", "latency"),
-    "latency": ("latency", "error"),
-    "size": ("size", "error"),
-}
-_FASTEST: tuple[Objective, ...] = ("latency", "size", "error")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Budgets, objective (None: what fits the budgets) and the formats the planner may use."""
-
-    budgets: tuple[Budget, ...]
-    objective: Objective | None
-    allowed: Allowed
-
-    @property
-    def is_default(self) -> bool:
-        """Neither budget nor objective: the fastest plan within the default error, never slower than float."""
-        return not self.budgets and self.objective is None
-
-    @property
-    def error_budget(self) -> Budget | None:
-        """The budget on error, if there is one."""
-        return next((budget for budget in self.budgets if budget.dimension == "error"), None)
-
-    @property
-    def objectives(self) -> tuple[Objective, ...]:
-        """What to minimise, first things first."""
-        if self.objective is not None:
-            return _OBJECTIVES[self.objective]
-        return _FASTEST if self.error_budget else _OBJECTIVES["error"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,47 +91,6 @@ def search_plan(graph: Graph, bench: Bench, target: Target, goal: Goal, emit: Em
     return exchanged if exchanged.measured.is_clearly_below(outcome.measured) else outcome
 
 
-def plan_for(planner: Planner, goal: Goal) -> Plan:
-    """The plan for ``goal`` by predicted error.
-
-    With an objective, just that. With an error budget: fastest, then smallest. Else least error, but speed is not given
-    up for error that nobody can see: the fastest plan whose error is within a tenth of the least, or within the
-    default. Raises BudgetError when none fits.
-    """
-    asked = _asked(planner, goal)
-    return asked.state(planner.plan(asked.budgets, asked.objectives))
-
-
-def exchanged_plan_for(planner: Planner, goal: Goal) -> Plan | None:
-    """``plan_for`` after an exchange of widths between layers by cross terms; None where that promises nothing."""
-    asked = _asked(planner, goal)
-    plan = planner.exchanged(asked.budgets, asked.objectives)
-    return None if plan is None else asked.state(plan)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What the planner is asked for, and what the plan says that the user asked for."""
-
-    budgets: tuple[Budget, ...]
-    objectives: tuple[Objective, ...]
-    stated_budgets: tuple[str, ...]
-    stated_objective: tuple[str, ...]
-
-    def state(self, plan: Plan) -> Plan:
-        return plan.model_copy(update={"budgets": self.stated_budgets, "objective": self.stated_objective})
-
-
-def _asked(planner: Planner, goal: Goal) -> _Asked:
-    stated = tuple(map(str, goal.budgets))
-    if goal.objective is not None or goal.error_budget is not None:
-        return _Asked(goal.budgets, goal.objectives, stated, goal.objectives)
-    least = planner.least_error(goal.budgets)
-    limit = tolerated_error(least)
-    objective = (f"latency at error<={limit.limit:.3g}% (the least is {100 * least:.3g}%)", "error")
-    return _Asked((*goal.budgets, limit), _OBJECTIVES["latency"], stated, objective)
-
-
 def _fastest_within_default(site: _Site, allowed: Allowed) -> Outcome:
     """The fastest plan that stays within the default error. Sensitivities are measured only if the first fails."""
     allowed = allowed if allowed.weight_bits else replace(allowed, weight_bits=_widest(site.target))
@@ -171,9 +99,9 @@ def _fastest_within_default(site: _Site, allowed: Allowed) -> Outcome:
     if _is_good_enough(outcome.measured):
         return outcome
     limit = DEFAULT_RELATIVE_ERROR
-    planner = site.refined_planner(allowed, (Budget("error", 100 * limit, "percent"),), _FASTEST)
+    planner = site.refined_planner(allowed, (Budget("error", 100 * limit, "percent"),), FASTEST)
     for _ in range(_ROUNDS):
-        plan = planner.plan((Budget("error", 100 * limit, "percent"),), _FASTEST)
+        plan = planner.plan((Budget("error", 100 * limit, "percent"),), FASTEST)
         # The limit is this loop's, not the user's.
         outcome = site.attempt(plan.model_copy(update={"budgets": ()}), planner)
         if _is_good_enough(outcome.measured):

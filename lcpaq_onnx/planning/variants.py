@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lcpaq_onnx.errors import PassError, TargetError
 from lcpaq_onnx.formats import LayerFormat
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.opset import least_ir_version, same_nodes
 from lcpaq_onnx.graph.query import Structure
 from lcpaq_onnx.graph.size_model import SizeModel
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
@@ -59,6 +60,7 @@ class Variants:
         self._target = target
         self._allowed = allowed
         self._made: dict[int, Variant] = {}
+        self._unchanged: tuple[Variant, AnalysisManager] | None = None
 
     def widest(self) -> Variant:
         """The lowest opset at which every allowed width has the storage that the target prefers; lower ones where the
@@ -80,20 +82,37 @@ class Variants:
         """At ``opset``, or the model's own where that is higher."""
         opset = max(opset, self._graph.opset)
         if opset not in self._made:
-            graph = run_pipeline(raise_to(opset), PassContext.of(self._graph)).graph
-            analyses = AnalysisManager(graph, AnalysisInputs(target=self._target))
-            analyses.put(RecordedTensors(), dict(self._tensors))
-            structure = analyses.get(GraphStructure)
-            self._made[opset] = Variant(
-                opset=graph.opset,
-                ir_version=graph.header.ir_version,
-                structure=structure,
-                costs=analyses.get(CostTables(self._widths(), self._allowed_activations())),
-                timeline=analyses.get(MemoryTimeline),
-                sizes=analyses.get(SizeModels),
-                explicit=explicit_movers(structure, self._target),
-            )
+            self._made[opset] = self._as_newer(opset) or self._raised(opset)
         return self._made[opset]
+
+    def _as_newer(self, opset: int) -> Variant | None:
+        """From that of a newer opset for which no node had to change: it is the same but for what can be stored."""
+        if self._unchanged is None or self._unchanged[0].opset <= opset:
+            return None
+        newer, analyses = self._unchanged
+        ir_version = max(self._graph.ir_version, least_ir_version(opset))
+        return replace(newer, opset=opset, ir_version=ir_version, costs=analyses.get(self._cost_tables(opset)))
+
+    def _raised(self, opset: int) -> Variant:
+        graph = run_pipeline(raise_to(opset), PassContext.of(self._graph)).graph
+        analyses = AnalysisManager(graph, AnalysisInputs(target=self._target))
+        analyses.put(RecordedTensors(), dict(self._tensors))
+        structure = analyses.get(GraphStructure)
+        variant = Variant(
+            opset=graph.opset,
+            ir_version=graph.header.ir_version,
+            structure=structure,
+            costs=analyses.get(self._cost_tables()),
+            timeline=analyses.get(MemoryTimeline),
+            sizes=analyses.get(SizeModels),
+            explicit=explicit_movers(structure, self._target),
+        )
+        if self._unchanged is None and same_nodes(graph, self._graph):
+            self._unchanged = variant, analyses
+        return variant
+
+    def _cost_tables(self, opset: int | None = None) -> CostTables:
+        return CostTables(self._widths(), self._allowed_activations(), opset)
 
     def least_opset(self, layers: Iterable[LayerFormat], activations: Iterable[str]) -> int:
         """The least that expresses layers and activation groups of these formats."""

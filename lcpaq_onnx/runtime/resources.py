@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lcpaq_onnx.runtime.memory import free_bytes
-from lcpaq_onnx.runtime.session import SessionOptions, check_providers
 from lcpaq_onnx.runtime.workers import DEFAULT_WORKERS, SERIAL, Workers, open_workers
 from lcpaq_onnx.store import STORE_FILE, MemoryStore, Store, open_store
+
+if TYPE_CHECKING:
+    from lcpaq_onnx.runtime.session import SessionOptions
 
 __all__ = ["Execution", "Resources"]
 
@@ -46,6 +49,8 @@ class Resources:
     @property
     def probe_options(self) -> SessionOptions:
         """One thread: sums in the same order wherever a probe runs."""
+        from lcpaq_onnx.runtime.session import SessionOptions  # loads ONNX Runtime, which planning never needs
+
         return SessionOptions(threads=1, providers=self.providers)
 
     @property
@@ -53,6 +58,8 @@ class Resources:
         """For runs that fill the cache: without fusions, which depend on what is asked for, so that a tensor has the
         same bits whatever else is cached with it.
         """
+        from lcpaq_onnx.runtime.session import SessionOptions
+
         return SessionOptions("basic", providers=self.providers)
 
     @cached_property
@@ -77,6 +84,8 @@ class Execution:
         """Open; at the end workers that were started here are gone. ``subject``: the model's name. Raises UsageError
         for unknown workers and providers.
         """
+        from lcpaq_onnx.runtime.session import check_providers
+
         check_providers(self.providers)
         with open_workers(self.workers) as workers:
             store = open_store(None if self.cache is None else self.cache / STORE_FILE)

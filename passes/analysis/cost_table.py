@@ -78,13 +78,15 @@ class CostTables(Analysis[CostTable]):
     """Stored widths to count; None: all that the target has."""
     activation_bits: tuple[int, ...] | None = None
     """Activation widths to count, 32 for float; None: all that the target has."""
+    opset: int | None = None
+    """Whose storage to count; None: the graph's."""
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> CostTable:
         target = analyses.target
         structure = analyses.get(GraphStructure)
         recorded = analyses.get(RecordedTensors)
         sizes = analyses.get(SizeModels)
-        storage = _storage(target, graph.opset)
+        storage = _storage(target, self.opset or graph.opset)
         shapes = {name: tensor.shape for name, tensor in recorded.items()}
         nodes = nodes_by_name(graph)
         layers = {

@@ -8,7 +8,6 @@ from typing import ClassVar
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.runtime.session import Session, SessionOptions
 from lcpaq_onnx.tables import RecordedTensor
 
 __all__ = ["RecordedTensors"]
@@ -24,6 +23,8 @@ class RecordedTensors(Analysis[dict[str, RecordedTensor]]):
     name: ClassVar[str] = "recorded-tensors"
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> dict[str, RecordedTensor]:
+        from lcpaq_onnx.runtime.session import Session, SessionOptions  # loads ONNX Runtime, which planning never needs
+
         model = to_proto(graph)
         written = [name for node in model.graph.node for name in node.output if name]
         session = Session(with_outputs(model, written), SessionOptions("basic"), base_dir=graph.base_dir)
