@@ -18,9 +18,9 @@ from lcpaq_onnx.manager.pass_manager import run_pipeline
 from lcpaq_onnx.passes import QUANTIZE, raise_to
 from lcpaq_onnx.planning.bench import Bench, Estimator, Settings, SourceModel
 from lcpaq_onnx.planning.choices import Allowed
+from lcpaq_onnx.planning.goal import Goal
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.refinement import frontier_entries, full_analysis, next_to
-from lcpaq_onnx.planning.goal import Goal
 from lcpaq_onnx.planning.strategy import Outcome, search_plan
 from lcpaq_onnx.runtime.calibration import open_calibration
 from lcpaq_onnx.runtime.resources import Resources

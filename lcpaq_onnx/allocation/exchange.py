@@ -14,7 +14,7 @@ from lcpaq_onnx.allocation.neighbourhood import Neighbourhood, entry_of, followe
 from lcpaq_onnx.allocation.optimum import LIMIT_SLACK, Caps, meets
 from lcpaq_onnx.allocation.problem import AllocationProblem, Column
 from lcpaq_onnx.errors import UsageError
-from lcpaq_onnx.numeric.interactions import Entry, Interactions
+from lcpaq_onnx.numeric.interactions import Interactions
 
 __all__ = ["Exchanged", "exchange", "predicted_loss"]
 

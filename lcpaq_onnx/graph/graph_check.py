@@ -19,13 +19,14 @@ def graph_digest(graph: Graph) -> str:
     return hashlib.sha256(to_proto(graph).SerializeToString(deterministic=True)).hexdigest()
 
 
-def check_graph(graph: Graph) -> None:
+def check_graph(graph: Graph, *, payload_bytes: int | None = None) -> None:
     """onnx.checker's full check: node signatures, topological order, unique names, inferable types.
 
-    Payloads in other files are not looked at. Raises ModelError with the checker's reason.
+    Payloads in other files are not looked at, nor those above ``payload_bytes``. Raises ModelError with the checker's
+    reason.
     """
     model = to_proto(graph)
-    _external_as_inputs(model.graph)
+    _unseen_as_inputs(model.graph, payload_bytes)
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -35,11 +36,16 @@ def check_graph(graph: Graph) -> None:
         ) from error
 
 
-def _external_as_inputs(graph: onnx.GraphProto) -> None:
-    """The checker looks for external data relative to the current directory; an input of that type checks the same."""
-    external = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+def _unseen_as_inputs(graph: onnx.GraphProto, payload_bytes: int | None) -> None:
+    """An input of that type checks the same; the checker looks for external data relative to the current directory."""
+    unseen = [
+        tensor
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        or (payload_bytes is not None and tensor.ByteSize() > payload_bytes)
+    ]
     inputs = {value.name for value in graph.input}
-    for tensor in external:
+    for tensor in unseen:
         graph.initializer.remove(tensor)
         if tensor.name not in inputs:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))

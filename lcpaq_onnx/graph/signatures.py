@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from lcpaq_onnx.errors import ModelError
 from lcpaq_onnx.signature import Kind, OperatorSignature, kinds_of
 
-__all__ = ["Shape", "known_operators", "signature_of", "signature_of_shapes"]
+__all__ = ["Shape", "is_known_operator", "known_operators", "signature_of", "signature_of_shapes"]
 
 Shape = tuple[int, ...]
 
@@ -19,6 +19,11 @@ Shape = tuple[int, ...]
 _DETAIL_ATTRIBUTES = ("axis", "blocksize", "mode", "perm")
 # Stands for an optional input that is left out: no elements.
 _ABSENT: Shape = (0,)
+
+
+def is_known_operator(name: str) -> bool:
+    """Whether the default ONNX domain has an operator of that name."""
+    return bool(onnx.defs.has(name))
 
 
 def known_operators() -> frozenset[str]:

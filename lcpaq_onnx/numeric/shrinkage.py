@@ -35,22 +35,25 @@ def shrunk(predicted: Double, relative_stderr: Double, measured: Observed) -> Do
     errors far off any curvature). The prediction counts as one more observation of the layer. Entries predicted as 0
     stay 0.
     """
-    known = ~np.isnan(measured.value) & (predicted > 0)
+    known = np.isfinite(measured.value) & (measured.value > 0) & (predicted > 0)
     base = np.log(np.maximum(predicted, _LEAST))
     found = np.log(np.maximum(np.where(known, measured.value, 1.0), _LEAST))
     ratio = np.where(known, found - base, 0.0)
     noise = np.where(known, np.maximum(np.nan_to_num(measured.relative_stderr) ** 2, _LEAST_VARIANCE), 0.0)
     of_width = _of_width(ratio, known)
     rest = np.where(known, ratio - of_width, 0.0)
-    spread = _mean((rest - _mean(rest, known, 1)[:, None]) ** 2, known)
-    true_spread = max(spread - _mean(noise, known), _LEAST_VARIANCE)
+    squares = np.where(known, (rest - _mean(rest, known, 1)[:, None]) ** 2, 0.0).sum()
+    spread = float(squares / max(1, int((known.sum(axis=1) - 1).clip(0).sum())))
+    true_spread = max(spread - float(_mean(noise, known)), _LEAST_VARIANCE)
     precision = np.where(known, 1 / (noise + true_spread), 0.0)
     prior = 1 / (np.maximum(relative_stderr**2, _LEAST_VARIANCE) + true_spread)
     of_layer = ((rest * precision).sum(axis=1) / (precision.sum(axis=1) + prior))[:, None]
     own = np.where(known, rest - of_layer, 0.0)
     own *= np.divide(own**2, own**2 + noise, out=np.zeros_like(own), where=noise > 0)
-    combined: Double = np.where(predicted > 0, np.exp(base + of_width + of_layer + own), 0.0)
-    return combined
+    combined = np.where(predicted > 0, np.exp(base + of_width + of_layer + own), 0.0)
+    # What has no logarithm says nothing of other entries, and is as it is.
+    extreme = ~known & ~np.isnan(measured.value)
+    return np.where(extreme, measured.value, combined)
 
 
 def _of_width(ratio: Double, known: Bool) -> Double:

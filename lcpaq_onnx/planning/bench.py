@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ from lcpaq_onnx.provenance import TOOL_VERSION
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed
 from lcpaq_onnx.runtime.resources import Resources
 from lcpaq_onnx.runtime.session import Session
+from lcpaq_onnx.store import MemoryStore
 from lcpaq_onnx.tables import Audit, ErrorTable, HessianDiagonal, Measurements
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
 
@@ -50,13 +51,14 @@ MEASUREMENTS_SCHEMA = 1
 Estimator = Literal["auto", "hessian-diagonal", "rounding-error"]
 
 # Widths whose rounding errors can be told from none.
-_MEASURABLE_BITS = tuple(bits for bits in WEIGHT_BITS if bits <= 8)
+MEASURABLE_BITS = tuple(bits for bits in WEIGHT_BITS if bits <= 8)
 # Root mean square error over the output's range up to which a model is worth comparing with others.
 _USABLE_ERROR = 0.1
 # Multiply-accumulates that a sensitivity analysis may take. Counted, not timed: the choice of samples must not depend
 # on the machine.
 _AFFORDABLE_MACS = 2.5e12
 _SAMPLES = (16, 128)
+_SAMPLE_STEPS = (32, 64)
 # Runs of what follows a layer, for each sample: two probes of its Hessian and three rounding errors.
 _RUNS_PER_LAYER = 5
 
@@ -102,6 +104,9 @@ class Bench:
         self.data = data
         self.settings = settings
         self._source = source
+        if callable(settings.loss):
+            # Nothing tells one function from another: what is measured with it cannot be found again.
+            resources = replace(resources, store=MemoryStore())
         inputs = AnalysisInputs(
             calibration=data, loss=settings.loss, seed=settings.seed, progress=progress, resources=resources
         )
@@ -121,22 +126,15 @@ class Bench:
         return self._measurements(errors, self._analyses.get(HessianDiagonals(samples, s.probes, channel_probes)))
 
     def audit(self, errors: ErrorTable, entries: frozenset[WeightEntry], samples: int) -> Audit | None:
-        """Predicted losses of random plans against those of whole runs: layers in widths of measured ``entries`` (none:
-        in any) that leave more than noise. None where there is nothing to choose.
+        """``errors`` against random plans, measured whole: layers in widths of measured ``entries`` (none: in any) that
+        leave more than noise. None where there is nothing to choose.
         """
         candidates = entries or self.every_entry(None)
         usable = {bits for bits in {bits for _, bits in candidates} if _is_usable(errors, bits)}
         drawn = frozenset((name, bits) for name, bits in candidates if bits in usable)
         if len(usable) < 2:
             return None
-        known = self.interactions(entries, samples) if entries else None
-
-        def predict(plan: Mapping[str, int]) -> float:
-            if known is None:
-                return sum(errors.layers[name][bits].loss for name, bits in plan.items())
-            return known.loss_of((name, f"w{bits}") for name, bits in plan.items())
-
-        return audit(predict, self._analyses.get(RandomPlans(drawn, samples)), samples)
+        return audit(errors, self._analyses.get(RandomPlans(drawn, samples)), samples)
 
     def interactions(self, entries: Collection[WeightEntry], samples: int) -> Interactions | None:
         """Cross terms of measured ``entries`` and activation groups, by decision; None for a loss without a metric."""
@@ -152,7 +150,7 @@ class Bench:
 
     def every_entry(self, weight_bits: Collection[int] | None) -> frozenset[WeightEntry]:
         """All layers at all of ``weight_bits`` (None: all widths) that can be measured."""
-        bits = tuple(b for b in _MEASURABLE_BITS if weight_bits is None or b in weight_bits)
+        bits = tuple(b for b in MEASURABLE_BITS if weight_bits is None or b in weight_bits)
         return every_entry(self._analyses, bits)
 
     def weights_of_layers(self) -> dict[str, int]:
@@ -169,7 +167,9 @@ class Bench:
         if self.settings.sensitivity_samples is not None:
             return (self.settings.sensitivity_samples,)
         affordable = self._affordable_samples()
-        return tuple(count for count in (32, 64, 128) if count <= affordable) or (affordable,)
+        # The data may end before; where only a reading tells, the analysis finds out.
+        most = min(affordable, self.data.sample_count or affordable)
+        return (*(count for count in _SAMPLE_STEPS if count < most), most)
 
     def _affordable_samples(self) -> int:
         """Each layer runs about half the model for each of its changes."""

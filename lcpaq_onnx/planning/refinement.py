@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lcpaq_onnx.passes import WEIGHT_BITS, WeightEntry
-from lcpaq_onnx.planning.bench import Bench
+from lcpaq_onnx.passes import WeightEntry
+from lcpaq_onnx.planning.bench import MEASURABLE_BITS, Bench
 from lcpaq_onnx.tables import ErrorTable, Measurements, Sensitivity
 
 __all__ = ["Refined", "frontier_entries", "full_analysis", "next_to", "refined"]
@@ -25,7 +25,6 @@ _RELIABLE = 0.8
 # Rank correlation of predicted and measured losses of random plans. Of eight plans: 0.5 and less is rarely an accident
 # where the truth is 0.9.
 _PASSED = 0.5
-_BYTE_AND_BELOW = tuple(bits for bits in WEIGHT_BITS if bits <= 8)
 
 Chosen = Callable[[Measurements], Collection[WeightEntry]]
 """Measurements → layers with the widths that an answer from them takes."""
@@ -85,7 +84,7 @@ def full_analysis(bench: Bench) -> Measurements:
     stored bits.
     """
     weights = bench.weights_of_layers()
-    found = refined(bench, _BYTE_AND_BELOW, lambda m: frontier_entries(m.errors, weights, _BYTE_AND_BELOW))
+    found = refined(bench, MEASURABLE_BITS, lambda m: frontier_entries(m.errors, weights, MEASURABLE_BITS))
     return found.measurements
 
 

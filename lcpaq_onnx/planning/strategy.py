@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lcpaq_onnx.allocation.allocate import Objective
 from lcpaq_onnx.budget import Budget
 from lcpaq_onnx.errors import BudgetError
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.passes import WeightEntry
 from lcpaq_onnx.planning.bench import Bench
 from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.goal import FASTEST, Goal, exchanged_plan_for, plan_for
@@ -64,7 +65,19 @@ class _Site:
         first = self.planner(self.bench.ranges_only(), allowed)
         stored = self.target.weights.stored_bits
         widths = [bits for bits in stored if allowed.weight_bits is None or bits in allowed.weight_bits]
-        found = refined(self.bench, widths, lambda measured: first.remeasured(measured).weight_bits(budgets, objective))
+        # Of plans of one error any will do: what else they are good for does not change which errors matter.
+        goal: tuple[Objective, ...] = ("error",) if objective[0] == "error" else objective
+        others = tuple(budget for budget in budgets if budget.dimension != "error")
+
+        def chosen(measured: Measurements) -> Collection[WeightEntry]:
+            planner = first.remeasured(measured)
+            try:
+                return planner.weight_bits(budgets, goal)
+            except BudgetError:
+                # By a first table that may be wrong: the least error that the other budgets allow tells more.
+                return planner.weight_bits(others, ("error",))
+
+        found = refined(self.bench, widths, chosen)
         return first.remeasured(found.measurements, self.bench.interactions(found.entries, found.samples))
 
     def planner(self, measurements: Measurements, allowed: Allowed) -> Planner:

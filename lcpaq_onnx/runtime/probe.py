@@ -30,6 +30,8 @@ Float = NDArray[np.float32]
 EMBEDDING_LENGTH = 128
 """Numbers kept of each sample's output change: cross terms of layers are inner products of these."""
 _DRAW_BYTES = 64 << 20
+# Of a sample whose outputs overflow: so bad that no plan takes it, and still a number that can be added up.
+_BEYOND = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +86,9 @@ class ProbeResult:
 
     def entry(self) -> ErrorEntry:
         """Means over the samples, with the standard error of the loss."""
-        stderr = float(self.loss.std(ddof=1) / np.sqrt(len(self.loss))) if len(self.loss) > 1 else 0.0
-        return ErrorEntry(float(self.loss.mean()), float(self.squared_error.mean()), stderr)
+        loss, squared_error = (np.nan_to_num(v, nan=_BEYOND, posinf=_BEYOND) for v in (self.loss, self.squared_error))
+        stderr = float(loss.std(ddof=1) / np.sqrt(len(loss))) if len(loss) > 1 else 0.0
+        return ErrorEntry(float(loss.mean()), float(squared_error.mean()), stderr)
 
 
 @dataclass(frozen=True, eq=False)

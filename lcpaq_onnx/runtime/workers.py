@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -42,7 +43,7 @@ class Workers:
         waiting: deque[tuple[J, Future[R]]] = deque()
         try:
             for job in jobs:
-                waiting.append((job, self.executor.submit(function, job)))
+                waiting.append((job, _submitted(self.executor, function, job)))
                 if len(waiting) > self.count:
                     yield self._first(waiting)
             while waiting:
@@ -93,14 +94,25 @@ def open_workers(where: str | Executor) -> Iterator[Workers]:
             raise
 
 
+def _submitted(executor: Executor, function: Callable[[J], R], job: J) -> Future[R]:
+    try:
+        return executor.submit(function, job)
+    except BrokenExecutor as error:
+        raise _dead_worker(error) from error
+
+
+def _dead_worker(error: Exception) -> UsageError:
+    return UsageError(
+        f"a worker ended before its job was done: {error}",
+        hint="allow less memory, or, where processes never start, call from below `if __name__ == '__main__':`",
+    )
+
+
 def _result_of(future: Future[R]) -> R:
     try:
         return future.result()
     except BrokenExecutor as error:
-        raise UsageError(
-            f"a worker ended before its job was done: {error}",
-            hint="allow less memory, or, where processes never start, call from below `if __name__ == '__main__':`",
-        ) from error
+        raise _dead_worker(error) from error
     except (PicklingError, AttributeError, TypeError) as error:
         # What cannot be pickled is one of the three, by kind of object and version of Python.
         if "pickle" not in str(error):
@@ -115,7 +127,12 @@ def _pool(kind: str, count: int) -> Executor:
     if kind == "threads":
         return ThreadPoolExecutor(count, thread_name_prefix="lcpaq")
     # Forking copies the locks of ONNX Runtime's threads, but not the threads.
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C goes to all processes of a terminal; the one that waits for the others deals with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

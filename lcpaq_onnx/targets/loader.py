@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lcpaq_onnx.errors import TargetError
-from lcpaq_onnx.graph.signatures import known_operators
+from lcpaq_onnx.graph.signatures import is_known_operator, known_operators
 from lcpaq_onnx.targets.target import Target
 
 if sys.version_info >= (3, 11):
@@ -141,12 +141,11 @@ def _merge(parent: Raw, child: Raw) -> Raw:
 
 def _check_operators(merged: Raw, chain: list[tuple[Path, Raw]]) -> None:
     operators = merged.get("operators")
-    known = known_operators()
     for op in operators if isinstance(operators, dict) else ():
-        if op not in known:
+        if not is_known_operator(op):
             raise TargetError(
                 f"{_origin(('operators', op), chain)}: key 'operators.{op}': ONNX has no such operator",
-                hint=f"{_did_you_mean(op, known)}see the operator list of ONNX",
+                hint=f"{_did_you_mean(op, known_operators())}see the operator list of ONNX",
             )
 
 

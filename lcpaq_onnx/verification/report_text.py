@@ -188,7 +188,8 @@ def _activation(row: ActivationRow) -> list[str]:
 # ---- the rest -------------------------------------------------------------------------------------------------------
 def _proof(report: Report, width: int) -> list[str]:
     proof = report.proof
-    state = "proved optimal" if proof.optimal else f"not proved optimal (gap {proof.gap:.2%})"
+    proved = f"proved within {proof.gap:.2%} of the optimum" if proof.gap else "proved optimal"
+    state = proved if proof.optimal else f"not proved optimal (gap {proof.gap:.2%})"
     goal = f"least {', then '.join(report.objective)}" if report.objective else "plan"
     within = f" within {', '.join(report.budgets)}" if report.budgets else ""
     lines = [f"Plan: {goal}{within}; {state} under its model of error and cost, by {proof.solver}"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -15,15 +17,16 @@ from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.numeric.ranking import correlation_interval, rank_correlation
-from lcpaq_onnx.runtime.probe_batches import Batch
+from lcpaq_onnx.runtime.calibration import CalibrationData, Feed, feed_digest, joined_feed, stacks
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.runtime.whole_run import WholeJob, run_whole
-from lcpaq_onnx.tables import Audit
+from lcpaq_onnx.tables import Audit, ErrorTable
 
+from .batch_size import BatchSize
 from .graph_structure import GraphStructure
 from .prober import Prober
 from .rounding_errors import WeightEntry
-from .teacher import teacher_of
+from .teacher import steady_teacher_of
 
 __all__ = ["AUDITED_PLANS", "RandomPlans", "audit"]
 
@@ -47,33 +50,42 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> tuple[tuple[Widths, float], ...]:
         drawn = self._draw(analyses)
-        prober = Prober(graph, analyses, 2 * self.samples)
-        unseen = [batch for batch in prober.batches() if batch.first >= self.samples]
-        batches = unseen or list(prober.batches())
-        found = prober.remembered(f"audit {drawn}", lambda: {"loss": self._losses(graph, analyses, batches, drawn)})
+        feeds = self._unseen(analyses.inputs.samples())
+        digest = hashlib.sha256()
+        for feed in feeds:
+            feed_digest(digest, feed)
+        found = Prober(graph, analyses, self.samples).remembered(
+            f"audit of {drawn} on {digest.hexdigest()}", lambda: {"loss": self._losses(graph, analyses, feeds, drawn)}
+        )
         return tuple(zip(drawn, found["loss"].tolist(), strict=True))
+
+    def _unseen(self, data: CalibrationData) -> list[Feed]:
+        behind = list(islice(data.take(2 * self.samples), self.samples, None))
+        return behind or list(data.take(self.samples))
 
     def _draw(self, analyses: AnalysisManager) -> list[dict[str, int]]:
         random = np.random.default_rng(analyses.inputs.seed)
         layers = analyses.get(GraphStructure).layers
-        widths = {layer.name: sorted(bits for name, bits in self.entries if name == layer.name) for layer in layers}
+        # Layers that share a weight share its width.
+        widths: dict[str, set[int]] = {}
+        for layer in layers:
+            own = {bits for name, bits in self.entries if name == layer.name}
+            widths[layer.weight] = widths.get(layer.weight, own) & own
         drawn = []
         for _ in range(self.plans):
-            of_weight: dict[str, int] = {}
-            # Layers that share a weight share its width.
-            for layer in layers:
-                if widths[layer.name] and layer.weight not in of_weight:
-                    of_weight[layer.weight] = int(random.choice(widths[layer.name]))
+            of_weight = {weight: int(random.choice(sorted(own))) for weight, own in widths.items() if own}
             drawn.append({layer.name: of_weight[layer.weight] for layer in layers if layer.weight in of_weight})
         return drawn
 
     def _losses(
-        self, graph: Graph, analyses: AnalysisManager, batches: list[Batch], drawn: list[dict[str, int]]
+        self, graph: Graph, analyses: AnalysisManager, feeds: list[Feed], drawn: list[dict[str, int]]
     ) -> NDArray[np.float64]:
-        resources, teacher = analyses.inputs.resources, teacher_of(analyses)
+        resources, teacher = analyses.inputs.resources, steady_teacher_of(analyses)
         model = to_proto(graph)
         whole = Session(model, resources.probe_options, base_dir=graph.base_dir)
-        answers = tuple((batch.feed, whole.run(batch.feed)) for batch in batches)
+        outputs = [spec.name for spec in whole.outputs if spec.is_tensor]
+        batches = [joined_feed(stack) for stack in stacks(feeds, analyses.get(BatchSize))]
+        answers = tuple((batch, whole.run(batch, outputs)) for batch in batches)
         layers = {layer.name: layer for layer in analyses.get(GraphStructure).layers}
         nodes = nodes_by_name(graph)
 
@@ -90,9 +102,9 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
         return np.array([loss for _, loss in resources.workers.each(run_whole, jobs())])
 
 
-def audit(predict: Callable[[Widths], float], plans: tuple[tuple[Widths, float], ...], samples: int) -> Audit | None:
-    """What ``predict`` says of ``plans`` beside what was measured; None where all are equal."""
-    predicted = tuple(predict(plan) for plan, _ in plans)
+def audit(table: ErrorTable, plans: tuple[tuple[Widths, float], ...], samples: int) -> Audit | None:
+    """What ``table`` predicts for ``plans`` beside what was measured; None where all are equal."""
+    predicted = tuple(sum(table.layers[name][bits].loss for name, bits in plan.items()) for plan, _ in plans)
     measured = tuple(loss for _, loss in plans)
     correlation = rank_correlation(predicted, measured)
     if np.isnan(correlation):

@@ -44,7 +44,8 @@ class ProbeRuns:
         self._nodes = nodes_by_name(graph)
         self._layer_at = {layer.raw_output: layer for layer in analyses.get(GraphStructure).layers}
         self._extractor = SuffixExtractor(graph, self._recorded)
-        self._outputs = [value.name for value in self._extractor.model.graph.output]
+        # Sequences and maps have no loss.
+        self._outputs = [v.name for v in self._extractor.model.graph.output if v.name in self._recorded]
         self._fed = {value.name for value in self._extractor.model.graph.input}
         self._cuts = {start: self._extractor.cut(start, self._outputs) for start in wanted}
         self._reads = {start: frozenset(self._tensors_of(start)) for start in wanted}

@@ -18,13 +18,13 @@ from .rounding_errors import RoundingErrors, WeightEntry
 
 __all__ = ["Reliability", "split_half_reliability"]
 
-_FEWEST_ENTRIES = 4
+_FEWEST_LAYERS = 4
 
 
 @dataclass(frozen=True)
 class Reliability(Analysis[float]):
-    """Split-half reliability of the measured errors of ``entries``, each over the sum of its width: whether every other
-    sample ranks them as the rest does. From 0 to 1; 1 where there is nothing to rank or no more samples than asked for.
+    """Split-half reliability of the measured errors of ``entries``: whether every other sample ranks the layers of a
+    width as the rest does. From 0 to 1; 1 where there is nothing to rank, or the data end before ``samples``.
     """
 
     name: ClassVar[str] = "reliability"
@@ -41,16 +41,21 @@ class Reliability(Analysis[float]):
 
 
 def split_half_reliability(losses: Mapping[WeightEntry, NDArray[np.float64]]) -> float:
-    """The rank correlation of two halves of the samples, stepped up to the whole by Spearman's and Brown's formula."""
-    if len(losses) < _FEWEST_ENTRIES or min(len(loss) for loss in losses.values()) < 2:
+    """The rank correlation of two halves of the samples, mean over the widths that at least 4 layers have, by number of
+    layers, stepped up to the whole by Spearman's and Brown's formula.
+    """
+    by_width: dict[int, list[NDArray[np.float64]]] = {}
+    for (_, width), loss in losses.items():
+        by_width.setdefault(width, []).append(loss)
+    found = []
+    for rows in by_width.values():
+        if len(rows) < _FEWEST_LAYERS or len(rows[0]) < 2:
+            continue
+        first, second = ([float(row[start::2].mean()) for row in rows] for start in (0, 1))
+        correlation = rank_correlation(first, second)
+        if not np.isnan(correlation):
+            found.append((correlation, len(rows)))
+    if not found:
         return 1.0
-    halves = []
-    for first in (0, 1):
-        means = {entry: float(loss[first::2].mean()) for entry, loss in losses.items()}
-        widths = {width for _, width in means}
-        of_width = {width: sum(mean for (_, own), mean in means.items() if own == width) for width in widths}
-        halves.append([mean / (of_width[width] or 1.0) for (_, width), mean in means.items()])
-    correlation = rank_correlation(*halves)
-    if np.isnan(correlation):
-        return 1.0
-    return 2 * correlation / (1 + correlation) if correlation > 0 else 0.0
+    mean = sum(correlation * count for correlation, count in found) / sum(count for _, count in found)
+    return 2 * mean / (1 + mean) if mean > 0 else 0.0
