@@ -32,6 +32,7 @@ _PLANS, _LIMIT, _SEED = 40, 0.95, 0
 _SAMPLES, _QUICK_SAMPLES = 1024, 64
 _IMAGES, _QUICK_IMAGES = 2000, 500
 # What any sum over layers could reach: single layers measured on the very images that judge the plans.
+_SIZES = "widths 3 to 8, any size"
 _WITH_CROSS_TERMS = "with cross terms"
 _BEST_SUM = "sum of true single KLs"
 
@@ -67,6 +68,7 @@ def run_plans(assets: Assets, store: Path, *, quick: bool) -> Part:
     names = [layer.name for layer in subject.layers]
     lines, claims, rows = [], list[Claim](), dict[str, object]()
     kinds = {kind: _drawn(names, widths) for kind, widths in _DRAWN.items()}
+    kinds[_SIZES] = _of_any_size(names, _DRAWN["widths 3 to 8"])
     kinds["one deal of 3 to 8, shuffled"] = _dealt(names, _DRAWN["widths 3 to 8"])
     for kind, plans in kinds.items():
         measured = truth.kl_of_each(plans)
@@ -77,7 +79,7 @@ def run_plans(assets: Assets, store: Path, *, quick: bool) -> Part:
             ratio = median(a / b for a, b in zip(predicted, measured, strict=True))
             lines.append((kind, way, f"{correlation:.3f}", f"{low:.3f} to {high:.3f}", f"{ratio:.2f}"))
             rows[f"{kind}, {way}"] = {"correlation": correlation, "predicted": predicted, "measured": measured}
-            if kind in _DRAWN and way == _WITH_CROSS_TERMS:
+            if (kind in _DRAWN or kind == _SIZES) and way == _WITH_CROSS_TERMS:
                 detail = f"{len(plans)} random plans, KL on {len(task.evaluation)} other images, {samples} calibrate"
                 claims.append(Claim(f"{_TASK}: plans of {kind}, rank correlation", correlation, ">=", _LIMIT, detail))
     header = ("plans", "predicted by", "rank correlation", "95 % interval", "median predicted / measured")
@@ -103,3 +105,14 @@ def _dealt(names: list[str], widths: tuple[int, ...]) -> list[Widths]:
     random = np.random.default_rng(_SEED)
     deal = np.resize(widths, len(names))
     return [dict(zip(names, map(int, random.permutation(deal)), strict=True)) for _ in range(_PLANS)]
+
+
+def _of_any_size(names: list[str], widths: tuple[int, ...]) -> list[Widths]:
+    """As for budgets of any size: each plan has a width of its own, and its layers that, the one below or the one above."""
+    random = np.random.default_rng(_SEED)
+    plans = []
+    for _ in range(_PLANS):
+        middle = int(random.integers(len(widths)))
+        near = widths[max(0, middle - 1) : middle + 2]
+        plans.append({name: int(random.choice(near)) for name in names})
+    return plans
