@@ -108,7 +108,7 @@ def _dealt(names: list[str], widths: tuple[int, ...]) -> list[Widths]:
 
 
 def _of_any_size(names: list[str], widths: tuple[int, ...]) -> list[Widths]:
-    """As for budgets of any size: each plan has a width of its own, and its layers that, the one below or the one above."""
+    """As for budgets of any size: each plan has a width of its own, and its layers that or the next to it."""
     random = np.random.default_rng(_SEED)
     plans = []
     for _ in range(_PLANS):

@@ -33,7 +33,9 @@ _CORE = 5e-3
 # Answers proven this well are taken. Tables of errors and times are known to a tenth at best.
 _ACCEPTED_GAP = 0.03
 # Of the goal before: a goal counts so little beside it that it decides between plans that are as good as equal.
-_NEXT_GOAL = 1e-3
+import os
+GAPX=float(os.environ.get("GAPX","1e-4"))
+_NEXT_GOAL = float(os.environ.get("NG","1e-3"))
 # Of the largest cost: less is the solver's rounding of nothing.
 _NOTHING = 1e-9
 
@@ -59,7 +61,7 @@ def core_optimum(programme: Programme, goals: Sequence[Column], caps: Caps, effo
             return None
         reduced_costs = combined.reduced_costs
     upper = np.where(reduced_costs > _CORE * SCALE, 0.0, whole.upper)
-    outcome = solve(replace(whole, upper=upper), effort.limits())
+    outcome = solve(replace(whole, upper=upper), replace(effort, relative_gap=GAPX).limits())
     if outcome.x is None or outcome.status != "optimal":
         return None
     found = valued(programme, first, programme.assignment(outcome.x))
