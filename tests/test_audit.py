@@ -1,4 +1,4 @@
-"""The audit: random plans measured whole, on samples that the table has not seen, and found again only as themselves."""
+"""The audit: random plans measured whole, on samples that the table has not seen; found again only as themselves."""
 
 from __future__ import annotations
 

@@ -33,9 +33,10 @@ _CORE = 5e-3
 # Answers proven this well are taken. Tables of errors and times are known to a tenth at best.
 _ACCEPTED_GAP = 0.03
 # Of the goal before: a goal counts so little beside it that it decides between plans that are as good as equal.
-import os
-GAPX=float(os.environ.get("GAPX","1e-4"))
-_NEXT_GOAL = float(os.environ.get("NG","1e-3"))
+_NEXT_GOAL = 1e-3
+# Closed this far where it can be, so that later goals are settled too: to a thousandth, in units of their own.
+_FINE_GAP = 1e-6
+_FINE_DECISIONS = 1000
 # Of the largest cost: less is the solver's rounding of nothing.
 _NOTHING = 1e-9
 
@@ -61,7 +62,10 @@ def core_optimum(programme: Programme, goals: Sequence[Column], caps: Caps, effo
             return None
         reduced_costs = combined.reduced_costs
     upper = np.where(reduced_costs > _CORE * SCALE, 0.0, whole.upper)
-    outcome = solve(replace(whole, upper=upper), replace(effort, relative_gap=GAPX).limits())
+    gap = _FINE_GAP if len(programme.problem.decisions) <= _FINE_DECISIONS else effort.relative_gap
+    limits = effort.limits()
+    # Half of the time: the rest is for the whole programme.
+    outcome = solve(replace(whole, upper=upper), replace(limits, relative_gap=gap, seconds=limits.seconds / 2))
     if outcome.x is None or outcome.status != "optimal":
         return None
     found = valued(programme, first, programme.assignment(outcome.x))
