@@ -93,6 +93,7 @@ class Planner:
         self._variants = variants or Variants(graph, measurements.tensors, target, allowed)
         self._interactions = interactions
         self._stated: dict[int, _Stated] = {}
+        self._answers: dict[tuple[tuple[Budget, ...], tuple[Objective, ...]], tuple[_Stated, Allocation]] = {}
 
     def remeasured(self, measurements: Measurements, interactions: Interactions | None = None) -> Planner:
         """A planner for other errors of the same model; its costs are not worked out again."""
@@ -162,6 +163,13 @@ class Planner:
 
     # ---- solving ----------------------------------------------------------------------------------------------------
     def _allocated(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> tuple[_Stated, Allocation]:
+        """Solved once for each question."""
+        question = (tuple(budgets), objective)
+        if question not in self._answers:
+            self._answers[question] = self._solve(budgets, objective)
+        return self._answers[question]
+
+    def _solve(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> tuple[_Stated, Allocation]:
         stated = self._widest()
         choice = choose(stated.programme, budgets, objective, effort_for(stated.problem, _TIME_LIMIT_S))
         opset = self._opset_of(choice.allocation, stated)
