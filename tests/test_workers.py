@@ -172,6 +172,15 @@ def interrupted_at_once(workers: Workers, function: Callable[[float], object], j
         raise KeyboardInterrupt
 
 
+@pytest.fixture
+def _interrupts_arrive() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which starts them with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_arrive")
 def test_an_interruption_while_waiting_leaves_no_job_waiting() -> None:
     release = threading.Event()
     with Recording() as executor:
@@ -187,6 +196,7 @@ def test_an_interruption_while_waiting_leaves_no_job_waiting() -> None:
             interrupt.join()
 
 
+@pytest.mark.usefixtures("_interrupts_arrive")
 def test_an_interruption_while_others_use_the_executor_leaves_no_job_waiting() -> None:
     release = threading.Event()
     with Recording() as executor:

@@ -48,7 +48,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class _Site:
+class _Workplace:
     """What every attempt needs."""
 
     graph: Graph
@@ -89,7 +89,7 @@ def search_plan(graph: Graph, bench: Bench, target: Target, goal: Goal, emit: Em
 
     Raises BudgetError when no plan fits the budgets, or none was found whose measured error fits an error budget.
     """
-    site = _Site(graph, bench, target, emit)
+    site = _Workplace(graph, bench, target, emit)
     if goal.is_default:
         return _fastest_within_default(site, goal.allowed)
     planner = site.refined_planner(goal.allowed, goal.budgets, goal.objectives)
@@ -104,7 +104,7 @@ def search_plan(graph: Graph, bench: Bench, target: Target, goal: Goal, emit: Em
     return exchanged if exchanged.measured.is_clearly_below(outcome.measured) else outcome
 
 
-def _fastest_within_default(site: _Site, allowed: Allowed) -> Outcome:
+def _fastest_within_default(site: _Workplace, allowed: Allowed) -> Outcome:
     """The fastest plan that stays within the default error. Sensitivities are measured only if the first fails."""
     allowed = allowed if allowed.weight_bits else replace(allowed, weight_bits=_widest(site.target))
     first = site.planner(site.bench.ranges_only(), allowed)
@@ -138,7 +138,7 @@ def _is_good_enough(measured: MeasuredError) -> bool:
     return kept and measured.relative_error <= DEFAULT_RELATIVE_ERROR
 
 
-def _within_error_budget(site: _Site, planner: Planner, goal: Goal, budget: Budget) -> Outcome:
+def _within_error_budget(site: _Workplace, planner: Planner, goal: Goal, budget: Budget) -> Outcome:
     """Tighten the predicted limit until the measured error meets the user's."""
     others = tuple(other for other in goal.budgets if other is not budget)
     tightened = budget

@@ -22,7 +22,7 @@ from lcpaq_onnx.runtime.response import LayerResponse
 from lcpaq_onnx.runtime.session import Session, SessionOptions
 from lcpaq_onnx.tables import ErrorEntry
 
-__all__ = ["LinearLayer", "ProbeJob", "ProbeResult", "SiteBatch", "joined", "run_probes"]
+__all__ = ["LinearLayer", "ProbeJob", "ProbeResult", "StartBatch", "joined", "run_probes"]
 
 Array = NDArray[np.generic]
 Float = NDArray[np.float32]
@@ -36,7 +36,7 @@ _BEYOND = 1e9
 
 @dataclass(frozen=True, eq=False)
 class LinearLayer:
-    """The layer whose output a site is. ``by_sample``: rows of its input stand sample by sample in a batch."""
+    """The layer whose raw output the start is. ``by_sample``: rows of its input stand sample by sample in a batch."""
 
     name: str
     op: str
@@ -48,9 +48,9 @@ class LinearLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class SiteBatch:
+class StartBatch:
     """Tensors of the float model on ``samples`` samples, the first of which has number ``first`` in the data: the
-    site's start, what its suffix reads besides, what its directions read; ``outputs`` of the whole model.
+    start, what its suffix reads besides, what its directions read; ``outputs`` of the whole model.
     """
 
     first: int
@@ -62,7 +62,7 @@ class SiteBatch:
         """A cached float tensor."""
         return np.asarray(self.tensors[name], np.float32)
 
-    def only(self, names: frozenset[str]) -> SiteBatch:
+    def only(self, names: frozenset[str]) -> StartBatch:
         """The same with just these tensors."""
         return replace(self, tensors={name: value for name, value in self.tensors.items() if name in names})
 
@@ -99,7 +99,7 @@ class ProbeJob:
     base_dir: Path | None
     layer: LinearLayer | None
     directions: tuple[Direction, ...]
-    batches: tuple[SiteBatch, ...]
+    batches: tuple[StartBatch, ...]
     loss: TeacherLoss
     scale: OutputScale
     options: SessionOptions
@@ -144,7 +144,7 @@ class _Mover:
         respond = LayerResponse(layer.op, layer.attrs, options)
         return cls(layer, start, respond, LayerProbe(layer.weight, layer.channel_axis))
 
-    def result(self, behind: _Behind, batch: SiteBatch, direction: WeightDirection) -> ProbeResult:
+    def result(self, behind: _Behind, batch: StartBatch, direction: WeightDirection) -> ProbeResult:
         x, y = batch.floats(self.layer.input), batch.floats(self.start)
         if isinstance(direction, Rounding):
             error = direction.error(self.layer.weight, self.layer.channel_axis)
@@ -155,7 +155,7 @@ class _Mover:
             return behind(batch, y + self.respond(x, v), shared=True)
         return behind(batch, y + self._responses(x, batch, direction))
 
-    def _responses(self, x: Float, batch: SiteBatch, direction: Signs | BlockSigns) -> Float:
+    def _responses(self, x: Float, batch: StartBatch, direction: Signs | BlockSigns) -> Float:
         """Every sample with its own draw; as many at once as fit in 64 MiB."""
         at_once = max(1, _DRAW_BYTES // (4 * max(1, self.probe.elements)))
         rows = len(x) // batch.samples
@@ -175,7 +175,7 @@ class _Behind:
         has_outputs = bool(job.suffix.outputs)
         self._session = Session(job.suffix.model, job.options, base_dir=job.base_dir) if has_outputs else None
 
-    def __call__(self, batch: SiteBatch, changed: Array, *, embed: bool = False, shared: bool = False) -> ProbeResult:
+    def __call__(self, batch: StartBatch, changed: Array, *, embed: bool = False, shared: bool = False) -> ProbeResult:
         outputs = dict(batch.outputs)
         if self._session is not None:
             feed = {name: batch.tensors[name] for name in self._suffix.live}
@@ -191,7 +191,7 @@ class _Behind:
             embedding=self._embedding(batch, outputs, len(loss)) if embed else np.zeros((len(loss), 0), np.float32),
         )
 
-    def _embedding(self, batch: SiteBatch, outputs: Mapping[str, Array], samples: int) -> Float:
+    def _embedding(self, batch: StartBatch, outputs: Mapping[str, Array], samples: int) -> Float:
         if not isinstance(self._loss, BuiltinLoss):
             return np.zeros((samples, 0), np.float32)
         return projected(self._loss.embed(batch.outputs, outputs), EMBEDDING_LENGTH).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What an analysis may use of the machine, and what it remembers. None of it changes a figure."""
+"""What an analysis may use of the machine, and what it remembers. It changes no figure beyond its last digits."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.graph.subgraph import SuffixExtractor
 from lcpaq_onnx.manager.analysis import AnalysisManager
 from lcpaq_onnx.numeric.directions import BlockSigns, Direction, Quantizing, Signs
-from lcpaq_onnx.runtime.probe import LinearLayer, ProbeJob, ProbeResult, SiteBatch, run_probes
+from lcpaq_onnx.runtime.probe import LinearLayer, ProbeJob, ProbeResult, StartBatch, run_probes
 from lcpaq_onnx.runtime.probe_batches import Batch
 from lcpaq_onnx.runtime.session import Session
 
@@ -105,11 +105,11 @@ class ProbeRuns:
         return _FLOAT_BYTES * sum(self._recorded[name].elements for name in names if name in self._recorded)
 
     # ---- the float model --------------------------------------------------------------------------------------------
-    def _cached(self, session: Session, batch: Batch, names: Sequence[str]) -> SiteBatch:
+    def _cached(self, session: Session, batch: Batch, names: Sequence[str]) -> StartBatch:
         values = session.run(batch.feed) if session.outputs else {}
         tensors = {name: values[name] if name in values else batch.feed[name] for name in names}
         outputs = {name: values[name] if name in values else batch.feed[name] for name in self._outputs}
-        return SiteBatch(batch.first, batch.samples, tensors, outputs)
+        return StartBatch(batch.first, batch.samples, tensors, outputs)
 
     def _by_sample(self, session: Session, batch: Batch, segment: Sequence[str]) -> frozenset[str]:
         """Inputs of randomly moved layers whose rows (axis 0) stand sample by sample in a batch. Tried, not guessed:
@@ -131,7 +131,7 @@ class ProbeRuns:
         for direction in self._wanted[start]:
             yield direction.tensor if isinstance(direction, Quantizing) else self._layer_at[start].input
 
-    def _job(self, start: str, batches: Sequence[SiteBatch], by_sample: frozenset[str]) -> ProbeJob:
+    def _job(self, start: str, batches: Sequence[StartBatch], by_sample: frozenset[str]) -> ProbeJob:
         return ProbeJob(
             suffix=self._extractor.suffix(self._cuts[start]),
             base_dir=self._graph.base_dir,
