@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-__all__ = ["Claim", "claim_table", "claims_as_json", "table"]
+__all__ = ["Claim", "claim_table", "claims_as_json", "summary", "table"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ def claim_table(claims: Iterable[Claim]) -> str:
         for c in claims
     ]
     return table(("", "target", "measured", "against"), rows)
+
+
+def summary(claims: Sequence[Claim]) -> tuple[str, int]:
+    """The last words of a benchmark, and its exit code: 0 all met, 1 some missed."""
+    missed = sum(not claim.met for claim in claims)
+    return f"== targets: {len(claims) - missed} met, {missed} missed\n{claim_table(claims)}", 1 if missed else 0
 
 
 def _number(value: float) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from assets_tasks import Assets, AssetsMissingError, find_assets
-from claims import Claim, claim_table, claims_as_json
+from claims import Claim, claims_as_json, summary
 from curvature_child import ChildError
 from curvature_exact import run_exact
 from curvature_large import run_large
@@ -86,9 +86,9 @@ def main(arguments: Sequence[str]) -> int:
             found[name], claims = part.rows, claims + part.claims
             if options.json:
                 _write(options.json, options.quick, claims, found)
-    missed = [claim for claim in claims if not claim.met]
-    print(f"== targets: {len(claims) - len(missed)} met, {len(missed)} missed\n{claim_table(claims)}")
-    return 1 if missed else 0
+    text, code = summary(claims)
+    print(text)
+    return code
 
 
 def _write(path: Path, quick: bool, claims: list[Claim], found: dict[str, object]) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import onnxruntime
 from assets_tasks import Assets, AssetsMissingError, find_assets
-from claims import Claim, claim_table, claims_as_json
+from claims import Claim, claims_as_json, summary
 from job_int8 import run_int8
 from job_mixed import run_mixed
 from job_models import run_models
@@ -100,8 +100,8 @@ def main(arguments: Sequence[str]) -> int:
         return 3
     with tempfile.TemporaryDirectory(prefix="lcpaq-bench-") as folder:
         found, claims = run(assets, options, Path(folder))
-    missed = [claim for claim in claims if not claim.met]
-    print(f"== targets: {len(claims) - len(missed)} met, {len(missed)} missed\n{claim_table(claims)}")
+    text, code = summary(claims)
+    print(text)
     if options.json:
         result = {
             "environment": environment(),
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
             **found,
         }
         options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 1 if missed else 0
+    return code
 
 
 if __name__ == "__main__":

@@ -149,8 +149,8 @@ def analyze(
 ) -> Measurements:
     """Measure ranges, Hessian diagonals and the error table: all that ``allocate`` needs, for any target and budget.
 
-    With a cache folder in ``execution``, what was analysed once is taken from there, without loading or running the
-    model: for the same model, data, settings, providers and code. Raises LcpaqError for a bad model or data.
+    With a cache folder in ``execution``, what was analysed once is taken from there, without running the model: for the
+    same model, data, settings, providers and code. Raises LcpaqError for a bad model or data.
     """
     source = graph_io.load(model)
     with execution.resources(_name(model, source)) as resources:

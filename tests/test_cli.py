@@ -248,8 +248,6 @@ def test_workers_do_not_change_the_model(folder: Path, tmp_path: Path, capsys: p
 def test_what_cannot_run_is_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Sequence[str], texts: Sequence[str]
 ) -> None:
-    if "dask" in words[1]:
-        pytest.importorskip("distributed")
     chosen = ("--calibration", DATA, *FEW, "--budget", "size<=0.3x", *words)
     refused(call(capsys, "quantize", MODEL, *chosen, "-o", tmp_path / "o.onnx"), 2, *texts)
     refused(call(capsys, "analyze", MODEL, *chosen[:6], *words, "-o", tmp_path / "a.json"), 2, *texts)
@@ -259,7 +257,6 @@ def test_what_cannot_run_is_2(
 @pytest.mark.slow
 def test_a_dask_scheduler_that_does_not_answer_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The client tries for ten seconds."""
-    pytest.importorskip("distributed")
     words = ("--calibration", DATA, *FEW, "--workers", "dask:tcp://127.0.0.1:9", "-o", tmp_path / "a.json")
     refused(call(capsys, "analyze", MODEL, *words), 2, "no dask scheduler at 'tcp://127.0.0.1:9'")
 

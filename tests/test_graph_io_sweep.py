@@ -68,7 +68,7 @@ def session(path: Path) -> ort.InferenceSession | None:
     options.intra_op_num_threads = 1
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception:
+    except Exception:  # the runtime's exceptions have no base class of their own
         return None
 
 
@@ -76,7 +76,7 @@ def outputs(runner: ort.InferenceSession, feeds: Feeds) -> list[object] | None:
     """None if the run fails."""
     try:
         return list(runner.run(None, dict(feeds)))
-    except Exception:
+    except Exception:  # as above
         return None
 
 

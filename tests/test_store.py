@@ -416,13 +416,13 @@ def test_code_version_follows_the_sources_not_the_layout(tmp_path: Path) -> None
     assert version() != code_version()
 
 
-def test_default_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+def test_default_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("LCPAQ_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert default_path() == Path("/home/me/.cache/lcpaq/store.sqlite")
+    assert default_path() == tmp_path / ".cache" / "lcpaq" / "store.sqlite"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_path() == Path("/home/me/.cache/lcpaq/store.sqlite")
+    assert default_path() == tmp_path / ".cache" / "lcpaq" / "store.sqlite"
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/me")
     assert default_path() == Path("/var/me/lcpaq/store.sqlite")
     monkeypatch.setenv("LCPAQ_CACHE", "/data")

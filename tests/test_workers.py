@@ -14,6 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import distributed
 import numpy as np
 import pytest
 from analysing import refusing_loss
@@ -28,8 +29,6 @@ from lcpaq_onnx.runtime.resources import Execution, Resources
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.runtime.workers import SERIAL, Workers, open_workers
 from lcpaq_onnx.tables import ErrorTable
-
-distributed = pytest.importorskip("distributed", reason="distributed is not installed")
 
 SAMPLES = 8
 

@@ -72,11 +72,6 @@ class LayerProbe:
         result: Float = _SHARE * np.sqrt((errors**2).mean(axis=1))
         return result
 
-    @property
-    def noise_power(self) -> float:
-        """‖v‖² of a whole draw."""
-        return float((self.amplitude.astype(np.float64) ** 2).sum() * self._channel_elements)
-
     def whole(self, generators: Sequence[np.random.Generator]) -> Float:
         """[draws, *weight shape]: signs times the channel's amplitude, one draw from each generator."""
         return self._signs(generators, np.broadcast_to(self.amplitude, (len(generators), self._channels)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -38,7 +38,6 @@ from lcpaq_onnx.provenance import TOOL_VERSION
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed
 from lcpaq_onnx.runtime.resources import Resources
 from lcpaq_onnx.runtime.session import Session
-from lcpaq_onnx.store import MemoryStore
 from lcpaq_onnx.tables import Audit, ErrorTable, HessianDiagonal, Measurements
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
 
@@ -59,7 +58,8 @@ _USABLE_ERROR = 0.1
 _AFFORDABLE_MACS = 2.5e12
 _SAMPLES = (16, 128)
 _SAMPLE_STEPS = (32, 64)
-# Runs of what follows a layer, for each sample: two probes of its Hessian and three rounding errors.
+# Runs of what follows a layer, for each sample: a probe of its Hessian, and rounding errors of the plan's width and of
+# those around it.
 _RUNS_PER_LAYER = 5
 
 
@@ -104,9 +104,6 @@ class Bench:
         self.data = data
         self.settings = settings
         self._source = source
-        if callable(settings.loss):
-            # Nothing tells one function from another: what is measured with it cannot be found again.
-            resources = replace(resources, store=MemoryStore())
         inputs = AnalysisInputs(
             calibration=data, loss=settings.loss, seed=settings.seed, progress=progress, resources=resources
         )
@@ -185,7 +182,7 @@ class Bench:
     def reference(self) -> Reference:
         """The float model's loss and output scale."""
         teacher = teacher_of(self._analyses)
-        return Reference(teacher.loss, teacher.scale, decides=self.loss_name.startswith("kl-"))
+        return Reference(teacher.loss, teacher.scale, decides=self._analyses.get(CalibrationRun).loss.decides)
 
     @property
     def loss_name(self) -> str:

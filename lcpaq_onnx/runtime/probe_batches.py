@@ -13,9 +13,9 @@ from itertools import islice
 
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed, feed_digest, joined_feed, stacks
 
-__all__ = ["FIRST_CHUNK", "Batch", "Chunk", "ProbeBatches"]
+__all__ = ["Batch", "Chunk", "ProbeBatches"]
 
-FIRST_CHUNK = 32
+_FIRST_CHUNK = 32
 _KEPT_BYTES = 256 << 20
 
 
@@ -71,7 +71,7 @@ class ProbeBatches:
     def _by_chunk(self) -> Iterator[tuple[int, list[Feed]]]:
         feeds = iter(self._data.take(self._samples))
         first = 0
-        while chunk := list(islice(feeds, first or FIRST_CHUNK)):
+        while chunk := list(islice(feeds, first or _FIRST_CHUNK)):
             yield first, chunk
             first += len(chunk)
 

@@ -38,7 +38,7 @@ class Resources:
 
     @cached_property
     def cache_bytes(self) -> int:
-        """For cached tensors of the float model: a third of the memory; above 512 MiB nothing gets faster."""
+        """For cached tensors of the float model: a third of the memory, at most 512 MiB. The rest is run again."""
         return min(_MOST_CACHE_BYTES, self._memory_bytes // 3)
 
     @cached_property

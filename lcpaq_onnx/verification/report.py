@@ -20,7 +20,6 @@ __all__ = [
     "LayerRow",
     "ModelFile",
     "Report",
-    "SensitivityRow",
     "Totals",
 ]
 
@@ -140,40 +139,6 @@ class ActivationRow(_Frozen):
     reason: str
 
 
-class SensitivityRow(_Frozen):
-    """How sure the planner could be of its errors (``tables.Sensitivity``). The audit: losses of random plans, as
-    predicted and as measured whole, with the rank correlation of the two and its 95 % confidence interval; empty and
-    None where there was none.
-    """
-
-    estimator: str
-    samples: int
-    measured_entries: int
-    entries: int
-    note: str = ""
-    audit_predicted: tuple[float, ...] = ()
-    audit_measured: tuple[float, ...] = ()
-    rank_correlation: float | None = None
-    rank_correlation_low: float | None = None
-    rank_correlation_high: float | None = None
-
-    @classmethod
-    def of(cls, sensitivity: Sensitivity) -> SensitivityRow:
-        audit = sensitivity.audit
-        return cls(
-            estimator=sensitivity.estimator,
-            samples=sensitivity.samples,
-            measured_entries=sensitivity.measured_entries,
-            entries=sensitivity.entries,
-            note=sensitivity.note,
-            audit_predicted=audit.predicted if audit else (),
-            audit_measured=audit.measured if audit else (),
-            rank_correlation=audit.rank_correlation if audit else None,
-            rank_correlation_low=audit.low if audit else None,
-            rank_correlation_high=audit.high if audit else None,
-        )
-
-
 class Report(_Frozen):
     """Everything verification found. ``float_*`` are the float model's figures. ``loss_name``: what ``loss`` means.
     ``samples``: how many calibration samples the measured errors are from. ``sensitivity``: None where no error was
@@ -203,7 +168,7 @@ class Report(_Frozen):
     layers: tuple[LayerRow, ...]
     activations: tuple[ActivationRow, ...]
     proof: Proof
-    sensitivity: SensitivityRow | None = None
+    sensitivity: Sensitivity | None = None
 
     @property
     def passed(self) -> bool:

@@ -205,11 +205,10 @@ def _sensitivity(report: Report, width: int) -> list[str]:
         return []
     measured = f"{found.measured_entries} of {found.entries} layers x widths measured on {found.samples} samples"
     lines = [f"Errors: by {found.estimator}, {measured}"]
-    if found.rank_correlation is not None:
-        low, high = found.rank_correlation_low or 0.0, found.rank_correlation_high or 0.0
+    if (audit := found.audit) is not None:
         lines.append(
-            f"  audit: {len(found.audit_measured)} random plans, predicted against measured: rank correlation"
-            f" {found.rank_correlation:.2f} ({low:.2f} to {high:.2f} with 95 % confidence)"
+            f"  audit: {len(audit.measured)} random plans, predicted against measured: rank correlation"
+            f" {audit.rank_correlation:.2f} ({audit.low:.2f} to {audit.high:.2f} with 95 % confidence)"
         )
     lines += [f"  {found.note}"] if found.note else []
     return [part for line in lines for part in _wrap(line, width, "  ")]

@@ -17,7 +17,7 @@ from lcpaq_onnx.targets.target import Target
 from lcpaq_onnx.verification.budget_checks import budget_checks
 from lcpaq_onnx.verification.file_checks import file_checks
 from lcpaq_onnx.verification.model_run import Known, ModelRun, VerifyJob, VerifyOptions, run_model
-from lcpaq_onnx.verification.report import Environment, ModelFile, Report, SensitivityRow, Totals
+from lcpaq_onnx.verification.report import Environment, ModelFile, Report, Totals
 from lcpaq_onnx.verification.report_rows import activation_rows, kernel_summary, layer_rows
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def verify(
         layers=layer_rows(plan, written, run.realisation, run.macs),
         activations=activation_rows(plan),
         proof=plan.proof,
-        sensitivity=SensitivityRow.of(known.sensitivity) if known.sensitivity else None,
+        sensitivity=known.sensitivity,
     )
 
 

@@ -26,7 +26,7 @@ from .batch_size import BatchSize
 from .graph_structure import GraphStructure
 from .prober import Prober
 from .rounding_errors import WeightEntry
-from .teacher import steady_teacher_of
+from .teacher import teacher_of
 
 __all__ = ["AUDITED_PLANS", "RandomPlans", "audit"]
 
@@ -80,7 +80,7 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
     def _losses(
         self, graph: Graph, analyses: AnalysisManager, feeds: list[Feed], drawn: list[dict[str, int]]
     ) -> NDArray[np.float64]:
-        resources, teacher = analyses.inputs.resources, steady_teacher_of(analyses)
+        resources, teacher = analyses.inputs.resources, teacher_of(analyses)
         model = to_proto(graph)
         whole = Session(model, resources.probe_options, base_dir=graph.base_dir)
         outputs = [spec.name for spec in whole.outputs if spec.is_tensor]

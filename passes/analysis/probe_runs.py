@@ -24,7 +24,7 @@ from lcpaq_onnx.runtime.session import Session
 
 from .graph_structure import GraphStructure
 from .recorded_tensors import RecordedTensors
-from .teacher import steady_teacher_of
+from .teacher import teacher_of
 
 __all__ = ["ProbeRuns"]
 
@@ -38,7 +38,7 @@ class ProbeRuns:
     def __init__(self, graph: Graph, analyses: AnalysisManager, wanted: Mapping[str, Sequence[Direction]]) -> None:
         self._graph = graph
         self._wanted = wanted
-        self._teacher = steady_teacher_of(analyses)
+        self._teacher = teacher_of(analyses)
         self._resources = analyses.inputs.resources
         self._recorded = analyses.get(RecordedTensors)
         self._nodes = nodes_by_name(graph)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +15,12 @@ from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.numeric.directions import BlockSigns, Direction, Signs
 from lcpaq_onnx.numeric.losses import KullbackLeibler, SquaredError
 from lcpaq_onnx.runtime.probe import ProbeResult, joined
-from lcpaq_onnx.runtime.probe_batches import Batch, Chunk, ProbeBatches
-from lcpaq_onnx.store import code_version, key_of
+from lcpaq_onnx.runtime.probe_batches import Chunk, ProbeBatches
+from lcpaq_onnx.store import MemoryStore, Store, code_version, key_of
 
 from .batch_size import BatchSize
 from .probe_runs import ProbeRuns
-from .teacher import steady_teacher_of
+from .teacher import teacher_of
 
 __all__ = ["Probe", "Prober"]
 
@@ -42,12 +41,13 @@ class Prober:
     def __init__(self, graph: Graph, analyses: AnalysisManager, samples: int) -> None:
         self._graph, self._analyses = graph, analyses
         self._batches = analyses.get(_Batches(samples))
+        self._store = analyses.get(_Results())
         self._subject = analyses.inputs.resources.subject
         self._batch_size = analyses.get(BatchSize)
         self._common_key = key_of(
             code_version(),
             analyses.get(_ContentHash()),
-            analyses.get(_TeacherKey()),
+            repr(teacher_of(analyses)),
             ",".join(analyses.inputs.resources.providers),
         )
 
@@ -58,7 +58,7 @@ class Prober:
 
     def measure(self, probes: Collection[Probe]) -> dict[Probe, ProbeResult]:
         """What each probe does. What the store knows is not measured again; each result is stored when it is there."""
-        chunks, store = self._batches.chunks, self._analyses.inputs.resources.store
+        chunks, store = self._batches.chunks, self._store
         keys = {(probe, chunk): self._key(probe, chunk) for probe in probes for chunk in chunks}
         known = store.get_many(list(keys.values()))
         results = {pair: ProbeResult(**known[key]) for pair, key in keys.items() if key in known}
@@ -73,18 +73,13 @@ class Prober:
                 results[pair] = result
         return {probe: joined([results[probe, chunk] for chunk in chunks]) for probe in probes}
 
-    def batches(self) -> Iterator[Batch]:
-        """The samples."""
-        return (batch for chunk in self._batches.chunks for batch in self._batches.of(chunk))
-
     def remembered(self, question: str, answer: Callable[[], dict[str, Array]]) -> dict[str, Array]:
         """``answer()`` about the model and these samples, or what the store has for the same ``question``."""
-        store = self._analyses.inputs.resources.store
         key = key_of(self._common_key, question, *(chunk.sha256 for chunk in self._batches.chunks))
-        found = store.get(key)
+        found = self._store.get(key)
         if found is None:
             found = answer()
-            store.put(key, found, subject=self._subject, what="audit")
+            self._store.put(key, found, subject=self._subject, what="audit")
         return found
 
     def _run(
@@ -118,16 +113,16 @@ class _Batches(Analysis[ProbeBatches]):
 
 
 @dataclass(frozen=True)
-class _TeacherKey(Analysis[str]):
-    """A function of the user's has nothing that tells it from another (its address may come again), so what is measured
-    with it is found by this manager only.
+class _Results(Analysis[Store]):
+    """Where results are kept: in the store; those of a function of the user's, which nothing tells from another (its
+    address may come again), only as long as this manager.
     """
 
-    name: ClassVar[str] = "teacher-key"
+    name: ClassVar[str] = "results"
 
-    def run(self, graph: Graph, analyses: AnalysisManager) -> str:
-        teacher = steady_teacher_of(analyses)
-        return repr(teacher) if isinstance(teacher.loss, KullbackLeibler | SquaredError) else uuid.uuid4().hex
+    def run(self, graph: Graph, analyses: AnalysisManager) -> Store:
+        is_known = isinstance(teacher_of(analyses).loss, KullbackLeibler | SquaredError)
+        return analyses.inputs.resources.store if is_known else MemoryStore()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lcpaq_onnx.numeric.losses import OutputScale, SquaredError, TeacherLoss, te
 
 from .calibration_run import CalibrationRun
 
-__all__ = ["Teacher", "steady_teacher_of", "teacher_of"]
+__all__ = ["Teacher", "teacher_of"]
 
 
 @dataclass(frozen=True)
@@ -22,26 +22,17 @@ class Teacher:
 
 
 def teacher_of(analyses: AnalysisManager) -> Teacher:
-    """The user's loss, or the one that fits the outputs."""
+    """The user's loss, or the one that fits the outputs; scales to four digits. Further ones depend on how many samples
+    run at once, and so on free memory: what is stored must be found again for the very same teacher.
+    """
     statistics = analyses.get(CalibrationRun)
+    scale = OutputScale(_rounded(statistics.output_scale.range), _rounded(statistics.output_scale.mean_square))
     chosen = analyses.inputs.loss
     if callable(chosen):
-        return Teacher(chosen, statistics.output_scale)
-    if chosen == "auto":
-        return Teacher(statistics.loss, statistics.output_scale)
-    return Teacher(teacher_loss(chosen, statistics.output_scale), statistics.output_scale)
-
-
-def steady_teacher_of(analyses: AnalysisManager) -> Teacher:
-    """As ``teacher_of``, scales to four digits. Further ones depend on how many samples run at once, and so on free
-    memory: what is stored must be found again for the very same teacher.
-    """
-    teacher = teacher_of(analyses)
-    scale = OutputScale(_rounded(teacher.scale.range), _rounded(teacher.scale.mean_square))
-    loss = teacher.loss
-    if isinstance(loss, SquaredError):
-        loss = SquaredError(tuple(_rounded(dict(loss.mean_square)).items()))
-    return Teacher(loss, scale)
+        return Teacher(chosen, scale)
+    loss = statistics.loss if chosen == "auto" else teacher_loss(chosen, scale)
+    # The one that fits was made before the scale was rounded.
+    return Teacher(teacher_loss("squared-error", scale) if isinstance(loss, SquaredError) else loss, scale)
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
