@@ -14,10 +14,11 @@ from assets_tasks import Feed
 from numpy.typing import NDArray
 
 import lcpaq_onnx
+from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.query import Layer, nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager, AnyAnalysis
-from lcpaq_onnx.numeric.directions import Rounding
+from lcpaq_onnx.numeric.rounding import round_nearest
 from lcpaq_onnx.passes import BatchSize, CalibrationRun, GraphStructure, RecordedTensors
 from lcpaq_onnx.runtime.calibration import open_calibration
 from lcpaq_onnx.runtime.resources import Execution
@@ -55,9 +56,9 @@ class Subject:
         return {layer.weight: weight_values(nodes[layer.name], layer) for layer in self.layers}
 
     def rounded(self, layer: Layer, bits: int) -> Float:
-        """The layer's weight as ``round-weights`` leaves it."""
+        """The layer's weight as nearest rounding leaves it."""
         weight = self.weights[layer.weight]
-        return weight + Rounding(bits).error(weight, layer.channel_axis)
+        return round_nearest(weight, QFormat(bits=bits, axis=layer.channel_axis)).dequantized()
 
     def entries(self, widths: tuple[int, ...]) -> frozenset[tuple[str, int]]:
         """Every layer at every width."""

@@ -1,8 +1,9 @@
 """Budgets: one limit each on what a plan may cost. Text form ``size<=2.5MB``, ``latency<=0.6x``, ``error<=1%``.
 
 Units are decimal (KB = 1000 bytes, MB, GB), as file managers and flash data sheets count; KiB, MiB and GiB are the
-powers of 1024. ``x`` is relative to the FP32 model. The error budget has two forms: ``1%`` limits the root mean square
-error as a part of the output's scale, a plain number limits the teacher loss (KL in nats, or normalised squared error).
+powers of 1024. ``x`` is relative to the FP32 model. ``bits<=4`` limits the mean width that the weights are stored in; a
+float one counts 32, scales are not counted. The error budget has two forms: ``1%`` limits the root mean square error
+as a part of the output's scale, a plain number limits the teacher loss (KL in nats, or normalised squared error).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from lcpaq_onnx.errors import UsageError
 
 __all__ = ["Budget", "BudgetUnit", "Dimension", "check_distinct", "parse_budgets"]
 
-Dimension = Literal["size", "latency", "bops", "peak_memory", "error"]
+Dimension = Literal["size", "latency", "bops", "peak_memory", "bits", "error"]
 BudgetUnit = Literal["absolute", "relative", "percent"]
 
 _TEXT = re.compile(
     r"\s*(?P<dimension>[^<>=\s]+)\s*<=\s*(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<unit>\S*)\s*", re.I
 )
+# Other dimensions: absolute and relative.
+_ALLOWED: dict[str, tuple[BudgetUnit, ...]] = {"bits": ("absolute",), "error": ("absolute", "percent")}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Absolute units by dimension, in capitals: a unit is read without regard to case. Base units: bytes, µs, operations.
 _UNITS: dict[str, dict[str, int]] = {
@@ -32,6 +35,7 @@ _UNITS: dict[str, dict[str, int]] = {
     "latency": {"US": 1, "µS".upper(): 1, "MS": 10**3, "S": 10**6},
     "bops": {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12},
     "peak_memory": _BYTES,
+    "bits": {"": 1},
     "error": {"": 1},
 }
 # What `str` prints: the largest of these that is not above the limit.
@@ -40,6 +44,7 @@ _PRINTED: dict[str, tuple[tuple[str, int], ...]] = {
     "latency": (("s", 10**6), ("ms", 10**3), ("us", 1)),
     "bops": (("T", 10**12), ("G", 10**9), ("M", 10**6), ("K", 10**3), ("", 1)),
     "peak_memory": (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1)),
+    "bits": (("", 1),),
     "error": (("", 1),),
 }
 _FORMS: dict[str, str] = {
@@ -47,6 +52,7 @@ _FORMS: dict[str, str] = {
     "latency": "latency<=3.2ms, latency<=450us or latency<=0.6x",
     "bops": "bops<=1.2G, bops<=800M or bops<=0.1x",
     "peak_memory": "peak_memory<=512KB or peak_memory<=0.5x",
+    "bits": "bits<=4 (mean stored width of the weights, float counts 32)",
     "error": "error<=1% (of the output's scale) or error<=0.05 (teacher loss)",
 }
 
@@ -55,8 +61,9 @@ _FORMS: dict[str, str] = {
 class Budget:
     """One limit, inclusive.
 
-    ``limit`` counts bytes (size, peak_memory), µs (latency), bit operations (bops) or teacher loss (error) when
-    ``unit`` is ``absolute``; FP32 models when ``relative``; hundredths of the output's scale when ``percent``.
+    ``limit`` counts bytes (size, peak_memory), µs (latency), bit operations (bops), bits of a weight (bits) or teacher
+    loss (error) when ``unit`` is ``absolute``; FP32 models when ``relative``; hundredths of the output's scale when
+    ``percent``.
     Raises UsageError on a limit that is not a finite number >= 0, or a unit the dimension does not have.
     """
 
@@ -71,8 +78,7 @@ class Budget:
             raise UsageError(
                 f"{self.dimension} budget of {self.limit}", hint=f"use a finite number: {_FORMS[self.dimension]}"
             )
-        allowed = ("absolute", "percent") if self.dimension == "error" else ("absolute", "relative")
-        if self.unit not in allowed:
+        if self.unit not in _ALLOWED.get(self.dimension, ("absolute", "relative")):
             raise UsageError(f"a {self.dimension} budget cannot be {self.unit}", hint=f"write {_FORMS[self.dimension]}")
 
     def __str__(self) -> str:

@@ -10,15 +10,18 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcpaq_onnx.allocation.allocate import Objective
+from lcpaq_onnx.errors import UsageError
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.manager.analysis import Progress, SilentProgress
+from lcpaq_onnx.manager.analysis import AnalysisInputs, Progress, SilentProgress
 from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
+from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
 from lcpaq_onnx.passes import QUANTIZE, raise_to
 from lcpaq_onnx.planning.bench import Bench, Settings
 from lcpaq_onnx.planning.goal import Goal
@@ -127,12 +130,13 @@ def quantize(
 
 
 def _search(model: Model, bench: Bench, target: Target, goal: Goal) -> tuple[Outcome, Report]:
-    outcome = search_plan(bench.graph, bench, target, goal, _emit)
+    emit = partial(_emit, inputs=bench.inputs)
+    outcome = search_plan(bench.graph, bench, target, goal, emit)
     report = _prove(model, outcome, bench, target)
     if not goal.is_default or goal.allowed.activation_bits is not None or not _is_slower(report):
         return outcome, report
     allowed = replace(goal.allowed, activation_bits=frozenset({32}))
-    outcome = search_plan(bench.graph, bench, target, replace(goal, allowed=allowed), _emit)
+    outcome = search_plan(bench.graph, bench, target, replace(goal, allowed=allowed), emit)
     slower = f"integer execution measured {1 / _speedup(report):.2f}x the float time; weights are stored small instead"
     report = _prove(model, outcome, bench, target)
     return outcome, report.model_copy(update={"warnings": (*report.warnings, slower)})
@@ -167,14 +171,38 @@ def analyze(
         return remembered(key, data, resources, progress or SilentProgress(), lambda: measured(data, None))
 
 
-def apply(model: Model, plan: Plan) -> Graph:
+def apply(
+    model: Model,
+    plan: Plan,
+    calibration: Source | None = None,
+    *,
+    samples: int | None = None,
+    execution: Execution = Execution(),  # noqa: B008 - a frozen value
+    progress: Progress | None = None,
+) -> Graph:
     """The quantized model that ``plan`` describes; the same bytes every time. Save it with ``graph_io.save``.
 
-    Raises UsageError when the plan was made for another model.
+    ``calibration``: what the plan was made with; needed where it rounds weights with compensation, and else not read.
+    Raises UsageError when the plan was made for another model or from other data.
     """
     source = graph_io.load(model)
     check_source(source, plan.source_sha256, "plan")
-    return _emit(prepare(source), plan)
+    if not plan.calibration_sha256:
+        return _emit(prepare(source), plan, AnalysisInputs())
+    if calibration is None:
+        raise UsageError(
+            "the plan rounds weights with compensation, which looks at calibration data",
+            hint="give the data that the plan was made with (--calibration DATA)",
+        )
+    data = open_data(source, calibration, samples)
+    if data.take(MOMENT_SAMPLES).fingerprint() != plan.calibration_sha256:
+        raise UsageError(
+            f"the plan was made with other calibration data than {data.description}",
+            hint="give the same data, and the same --samples if there were any, or plan again",
+        )
+    with execution.resources(_name(model, source)) as resources:
+        inputs = AnalysisInputs(calibration=data, progress=progress or SilentProgress(), resources=resources)
+        return _emit(prepare(source), plan, inputs)
 
 
 def verify(
@@ -194,8 +222,8 @@ def verify(
     )
 
 
-def _emit(prepared: Graph, plan: Plan) -> Graph:
-    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(prepared, plan=plan)).graph
+def _emit(prepared: Graph, plan: Plan, inputs: AnalysisInputs) -> Graph:
+    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(prepared, inputs, plan)).graph
 
 
 def _is_slower(report: Report) -> bool:

@@ -10,7 +10,7 @@ from lcpaq_onnx.errors import UsageError
 __all__ = ["FLOAT_LAYER", "LayerFormat", "QFormat"]
 
 _QFORMAT = re.compile(r"(?P<sign>u?)int(?P<bits>\d+):(?P<sym>sym|asym)(:axis=(?P<axis>-?\d+))?(:block=(?P<block>\d+))?")
-_LAYER = re.compile(r"w(?P<weight>\d+)(a(?P<activation>\d+))?")
+_LAYER = re.compile(r"w(?P<weight>\d+)(b(?P<block>\d+)|a(?P<activation>\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class QFormat:
             raise UsageError(f"format of {self.bits} bits", hint="use 2 to 16 bits")
         if self.block is not None and self.axis is None:
             raise UsageError("a block-wise format needs an axis", hint="write e.g. int4:sym:axis=1:block=32")
+        if self.block is not None and self.block < 1:
+            raise UsageError(f"blocks of {self.block}", hint="use 1 element or more, e.g. int4:sym:axis=1:block=32")
 
     @property
     def qmin(self) -> int:
@@ -45,6 +47,18 @@ class QFormat:
     @property
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of ``shape``: [] without an axis, [channels], or block-wise ``shape`` with the
+        axis divided by the block (ceiling).
+        """
+        if self.axis is None:
+            return ()
+        if self.block is None:
+            return (shape[self.axis],)
+        blocks = list(shape)
+        blocks[self.axis] = -(-shape[self.axis] // self.block)
+        return tuple(blocks)
 
     def __str__(self) -> str:
         text = f"{'' if self.signed else 'u'}int{self.bits}:{'sym' if self.symmetric else 'asym'}"
@@ -69,17 +83,23 @@ class QFormat:
 
 @dataclass(frozen=True, order=True)
 class LayerFormat:
-    """What one layer runs in. Text form ``w4a8``, ``w8a16``, ``w4`` (weight only, float compute), ``f32``.
+    """What one layer runs in. Text form ``w4a8``, ``w8a16``, ``w4`` (weight only, float compute), ``w4b32`` (weight
+    only, a scale for each block of 32 that are summed over), ``f32``.
 
     ``weight_bits`` are *stored* bits; what the kernel executes is the target's business (``Target.executed``).
     """
 
     weight_bits: int | None = None
     activation_bits: int | None = None
+    block: int | None = None
 
     def __post_init__(self) -> None:
         if self.weight_bits is None and self.activation_bits is not None:
             raise UsageError("a layer with float weights has no activation format", hint="use f32, w8 or w8a8")
+        if self.block is not None and (self.weight_bits is None or self.activation_bits is not None):
+            raise UsageError("blocks are for weights alone", hint="write e.g. w4b32")
+        if self.block is not None and self.block < 1:
+            raise UsageError(f"blocks of {self.block}", hint="use 1 element or more, e.g. w4b32")
 
     @property
     def is_float(self) -> bool:
@@ -89,10 +109,20 @@ class LayerFormat:
     def is_weight_only(self) -> bool:
         return self.weight_bits is not None and self.activation_bits is None
 
-    def __str__(self) -> str:
+    @property
+    def is_folded(self) -> bool:
+        """Weight only and restored to float once, when the file is loaded; block-wise weights stay as they are."""
+        return self.is_weight_only and self.block is None
+
+    @property
+    def stored(self) -> str:
+        """What lies in the file, whatever the activations: ``w4``, ``w4b32``, ``f32``."""
         if self.weight_bits is None:
             return "f32"
-        return f"w{self.weight_bits}" + ("" if self.activation_bits is None else f"a{self.activation_bits}")
+        return f"w{self.weight_bits}" + ("" if self.block is None else f"b{self.block}")
+
+    def __str__(self) -> str:
+        return self.stored + ("" if self.activation_bits is None else f"a{self.activation_bits}")
 
     @classmethod
     def parse(cls, text: str) -> LayerFormat:
@@ -101,9 +131,13 @@ class LayerFormat:
             return FLOAT_LAYER
         match = _LAYER.fullmatch(text)
         if match is None:
-            raise UsageError(f"'{text}' is not a layer format", hint="write e.g. w4a8, w8a16, w4 or f32")
-        activation = match["activation"]
-        return cls(int(match["weight"]), None if activation is None else int(activation))
+            raise UsageError(f"'{text}' is not a layer format", hint="write e.g. w4a8, w8a16, w4, w4b32 or f32")
+        activation, block = match["activation"], match["block"]
+        return cls(
+            int(match["weight"]),
+            None if activation is None else int(activation),
+            None if block is None else int(block),
+        )
 
 
 FLOAT_LAYER = LayerFormat()

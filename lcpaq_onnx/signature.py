@@ -20,7 +20,15 @@ _ELEMENTWISE: tuple[Kind, ...] = ("elementwise",)
 _POOL: tuple[Kind, ...] = ("pool",)
 _MOVEMENT: tuple[Kind, ...] = ("movement",)
 
-_BYTES_PER_ELEMENT = {"f32": 4.0, "f16": 2.0, "int16": 2.0, "int8": 1.0, "int4": 0.5}
+# Of an activation and of a weight; n-bit weights carry a float32 scale for each block of 32.
+_BYTES_PER_ELEMENT = {
+    "f32": (4.0, 4.0),
+    "f16": (2.0, 2.0),
+    "int16": (2.0, 2.0),
+    "int8": (1.0, 1.0),
+    "int4": (0.5, 0.5),
+    **{f"nbits{bits}": (4.0, bits / 8 + 4 / 32) for bits in (2, 4, 8)},
+}
 
 # Operators by how their time scales; whatever is missing is "other" (normalisations, recurrent cells, Softmax, …).
 _KINDS_OF: Mapping[str, tuple[Kind, ...]] = {
@@ -74,6 +82,6 @@ class OperatorSignature:
         return self.macs or self.input_elements + self.output_elements
 
     def bytes(self, executed: str) -> float:
-        """Memory traffic when every operand is read or written once, all in the executed format."""
-        elements = self.input_elements + self.output_elements + self.weight_elements
-        return elements * _BYTES_PER_ELEMENT[executed]
+        """Memory traffic when every operand is read or written once, in the executed format."""
+        activation, weight = _BYTES_PER_ELEMENT[executed]
+        return (self.input_elements + self.output_elements) * activation + self.weight_elements * weight

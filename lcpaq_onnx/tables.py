@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 __all__ = [
     "ActivationRange",
     "Audit",
+    "Compensable",
     "Cost",
     "CostTable",
     "ErrorEntry",
@@ -17,8 +19,12 @@ __all__ = [
     "LiveStep",
     "Measurements",
     "RecordedTensor",
+    "RoundingMethod",
     "Sensitivity",
 ]
+
+RoundingMethod = Literal["nearest", "compensated"]
+"""Of weights: each to its nearest integer, or so that errors make up for each other (``numeric.compensated``)."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class CostTable:
     """Costs on one target. Formats are texts: ``w4a8`` for layers, ``a8`` or ``f32`` for activation groups, ``int8`` or
     ``f32`` for operators.
 
-    ``storage``: how each stored width stands in the file. ``isolated``: extra DequantizeLinear of a float layer.
-    ``unpack``: bytes that all packed layers of one width share. ``reference``: totals of the float model.
+    ``storage``: how what is stored (``w4``, ``w4b32``) stands in the file. ``isolated``: extra DequantizeLinear of a
+    float layer. ``unpack``: bytes that all packed layers of one width share. ``reference``: totals of the float model.
     """
 
     layers: dict[str, dict[str, Cost]]
@@ -117,7 +123,7 @@ class CostTable:
     operators: dict[str, dict[str, Cost]]
     isolated: dict[str, Cost]
     unpack: dict[int, int]
-    storage: dict[int, str]
+    storage: dict[str, str]
     fixed_size_bytes: int
     reference: Cost
 
@@ -161,6 +167,14 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Compensable:
+    """``layers`` whose rounding can be compensated. ``data_sha256``: of the calibration samples that it looks at."""
+
+    layers: tuple[str, ...]
+    data_sha256: str
+
+
+@dataclass(frozen=True)
 class Measurements:
     """Everything measured on the model with calibration data: enough to plan for any target and budget."""
 
@@ -175,3 +189,4 @@ class Measurements:
     hessian: dict[str, HessianDiagonal]
     errors: ErrorTable
     sensitivity: Sensitivity | None = None
+    compensable: Compensable | None = None

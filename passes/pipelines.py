@@ -9,11 +9,14 @@ from .rewrite.fold_batch_norm import FoldBatchNorm
 from .rewrite.fold_constants import FoldConstants
 from .rewrite.inline_if import InlineIf
 from .rewrite.insert_qdq import InsertQdq
+from .rewrite.look_up_integers import LookUpIntegers
 from .rewrite.pack_weights import PackWeights
+from .rewrite.plain_products import PlainProducts
 from .rewrite.quantize_biases import QuantizeBiases
 from .rewrite.raise_opset import RaiseOpset
 from .rewrite.remove_unused import RemoveUnused
-from .rewrite.round_weights import RoundWeights
+from .rewrite.round_compensated import RoundCompensated
+from .rewrite.round_nearest import RoundNearest
 from .rewrite.separate_shared_biases import SeparateSharedBiases
 from .rewrite.stamp_plan import StampPlan
 
@@ -24,13 +27,22 @@ PREPARE: tuple[RewritePass, ...] = (
     FoldConstants(),
     InlineIf(),
     FoldConstants(),  # what a branch computed from constants
+    PlainProducts(),
     FoldBatchNorm(),
     SeparateSharedBiases(),
     RemoveUnused(),
 )
 """Exposes weights and names everything; the model computes the same."""
 
-QUANTIZE: tuple[RewritePass, ...] = (RoundWeights(), QuantizeBiases(), InsertQdq(), PackWeights(), StampPlan())
+QUANTIZE: tuple[RewritePass, ...] = (
+    RoundCompensated(),
+    RoundNearest(),
+    LookUpIntegers(),
+    QuantizeBiases(),
+    InsertQdq(),
+    PackWeights(),
+    StampPlan(),
+)
 """Applies a plan to a prepared model of the plan's opset; decides nothing."""
 
 

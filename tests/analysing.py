@@ -9,14 +9,16 @@ import onnx
 from onnx import numpy_helper, parser
 
 from lcpaq_onnx.errors import ModelError
+from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager
 from lcpaq_onnx.numeric.losses import LossName
+from lcpaq_onnx.numeric.rounding import round_nearest
 from lcpaq_onnx.runtime.calibration import open_calibration
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.targets.loader import load as load_target
 
-__all__ = ["Feed", "analyses_of", "model_of", "refusing_loss", "singles"]
+__all__ = ["Feed", "analyses_of", "model_of", "refusing_loss", "rounding_error", "singles"]
 
 Feed = dict[str, np.ndarray]
 
@@ -54,3 +56,8 @@ def analyses_of(
         seed=seed,
     )
     return AnalysisManager(graph_io.load(model), inputs)
+
+
+def rounding_error(weight: np.ndarray, bits: int, axis: int | None) -> np.ndarray:
+    """By which nearest rounding moves ``weight``; ``axis``: of its output channels."""
+    return round_nearest(weight, QFormat(bits=bits, axis=axis)).dequantized() - weight

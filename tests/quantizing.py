@@ -194,6 +194,8 @@ def random_plan(prepared: Prepared, seed: int, *, opset: int = 21) -> Plan:
             options = ["f32", *(f"w{bits}a16" for bits in range(2, 9))]
         if all(end is not None and end.bits == 8 for end in ends) and layer.op != "ConvTranspose":
             options = ["f32", *(f"w{bits}a8" for bits in range(2, 9))]
+        if ends == [None, None] and layer.op == "MatMul":
+            options += ["w8b32", "w4b32", *(["w2b32"] if opset >= 25 else [])]
         # One stored form for a weight that two layers read: both float is always legal.
         shared = sum(other.weight == layer.weight for other in prepared.structure.layers) > 1
         choice = "f32" if shared and rng.integers(0, 2) else options[int(rng.integers(0, len(options)))]
@@ -236,7 +238,7 @@ def plan_of(
     layers = []
     for layer in prepared.structure.layers:
         format = LayerFormat.parse(formats.get(layer.name, "f32"))
-        is_quantized = groups.get(group_of[layer.input]) is not None
+        is_quantized = groups.get(group_of.get(layer.input, "")) is not None
         layers.append(_layer_plan(prepared, layer, format, is_quantized and isolate, how))
     return Plan(
         tool_version=TOOL_VERSION,
@@ -254,6 +256,7 @@ def plan_of(
             size_bytes=0,
             latency_us=0,
             bops=0,
+            stored_bits=0,
             peak_memory_bytes=0,
             float_size_bytes=0,
             float_latency_us=0,
@@ -274,15 +277,18 @@ def _layer_plan(
 ) -> LayerPlan:
     bits, is_integer = format.weight_bits, format.activation_bits == 8
     isolated = isolate and not is_integer
+    axis, executed = layer.channel_axis, "int8" if is_integer else "f32"
+    if format.block is not None:
+        axis, executed, how = 0, f"nbits{bits}", dict.fromkeys(how, "plain")
     return LayerPlan(
         name=layer.name,
         op=layer.op,
         format=str(format),
-        executed="int8" if is_integer else "f32",
+        executed=executed,
         input=layer.input,
         input_channels=input_channels(layer, prepared.recorded) if isolated else 0,
         weight=layer.weight,
-        weight_format="f32" if bits is None else str(QFormat(bits=bits, axis=layer.channel_axis)),
+        weight_format="f32" if bits is None else str(QFormat(bits=bits, axis=axis, block=format.block)),
         storage="float" if bits is None else how.get(bits, "packed-bytes"),
         bias=layer.bias,
         bias_format=None if layer.bias is None else ("int32" if is_integer else "f32"),
@@ -338,9 +344,11 @@ def simulate(prepared: Prepared, plan: Plan) -> Simulated:
 
     for name, value in prepared.feed.items():
         put(name, value, 0.0)
+    in_blocks = {layer.name for layer in plan.layers if layer.layer_format.block is not None}
     for node in model.graph.node:
         result = _run_node(model, node, values, constants)
-        put(node.output[0], result, _bound(node, prepared.values, bounds, constants, original))
+        bound = _bound(node, prepared.values, bounds, constants, original)
+        put(node.output[0], result, bound + (_block_rounding(node, values, constants) if node.name in in_blocks else 0))
     names = [value.name for value in model.graph.output]
     return Simulated({name: values[name] for name in names}, {name: bounds[name] for name in names})
 
@@ -356,6 +364,11 @@ def _run_node(model: onnx.ModelProto, node: onnx.NodeProto, values: Feed, consta
     )
     one = make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     return Session(one, _UNFUSED).run(given)[node.output[0]]
+
+
+def _block_rounding(node: onnx.NodeProto, values: Feed, constants: Feed) -> float:
+    """What a fused kernel adds that rounds its input to 8 bits: half a step of the largest value's scale, each."""
+    return float(np.abs(values[node.input[0]]).max()) / 254 * float(np.abs(constants[node.input[1]]).sum())
 
 
 def _bound(node: onnx.NodeProto, floats: Feed, bounds: dict[str, float], constants: Feed, original: Feed) -> float:

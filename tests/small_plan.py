@@ -20,7 +20,7 @@ from lcpaq_onnx.numeric.rounding import activation_parameters
 from lcpaq_onnx.passes.rewrite.insert_qdq import InsertQdq
 from lcpaq_onnx.passes.rewrite.pack_weights import PackWeights
 from lcpaq_onnx.passes.rewrite.quantize_biases import QuantizeBiases
-from lcpaq_onnx.passes.rewrite.round_weights import RoundWeights
+from lcpaq_onnx.passes.rewrite.round_nearest import RoundNearest
 from lcpaq_onnx.passes.rewrite.stamp_plan import StampPlan
 from lcpaq_onnx.planning.plan import ActivationPlan, LayerPlan, Plan, Predicted, Proof
 from lcpaq_onnx.provenance import TOOL_VERSION
@@ -29,7 +29,7 @@ from lcpaq_onnx.runtime.session import Session
 
 __all__ = ["Emitted", "emit", "float_model", "images", "make_plan"]
 
-_PASSES = (RoundWeights(), QuantizeBiases(), InsertQdq(), PackWeights(), StampPlan())
+_PASSES = (RoundNearest(), QuantizeBiases(), InsertQdq(), PackWeights(), StampPlan())
 _ACTIVATION = QFormat(bits=8, signed=False, symmetric=False)
 _STORAGE = {8: "plain", 4: "cast", 2: "cast"}
 # Multiply-accumulates of float_model on one 16 x 16 image.
@@ -132,6 +132,7 @@ def make_plan(formats: dict[str, str], *, isolate: bool = True, **changes: objec
             size_bytes=0,
             latency_us=40.0,
             bops=64.0 * sum(MACS.values()),
+            stored_bits=8.0,
             peak_memory_bytes=9000,
             float_size_bytes=model.ByteSize(),
             float_latency_us=90.0,

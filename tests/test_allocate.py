@@ -47,10 +47,11 @@ def two_layers(**rules: tuple[object, ...]) -> AllocationProblem:
 
     bytes      a8 a4 b8  b4        a8+b8 = 300, a4+b8 = 250, a8+b4 = 200, a4+b4 = 150
     loss       0  3  0   4             0            3            4            7
+    mean bits  of 300 weights          8            6.67         5.33         4
     latency µs 10 12 20  21           30           32           31           33
     """
-    a = layer("a", Option("w8", 0, 0, 100, 10), Option("w4", 3, 3e-4, 50, 12))
-    b = layer("b", Option("w8", 0, 0, 200, 20), Option("w4", 4, 4e-4, 100, 21))
+    a = layer("a", Option("w8", 0, 0, 100, 10, 0, 8 / 3), Option("w4", 3, 3e-4, 50, 12, 0, 4 / 3))
+    b = layer("b", Option("w8", 0, 0, 200, 20, 0, 16 / 3), Option("w4", 4, 4e-4, 100, 21, 0, 8 / 3))
     return AllocationProblem((a, b), REFERENCE, **rules)  # type: ignore[arg-type] # the tests' shorthand
 
 
@@ -68,6 +69,22 @@ def chosen(problem: AllocationProblem, *texts: str, objective: tuple[Objective, 
 )
 def test_size_budget_holds_to_the_byte(limit: int, best: str) -> None:
     assert chosen(two_layers(), f"size<={limit}B") == best
+
+
+@pytest.mark.parametrize(
+    ("limit", "best"), [("8", "w8 w8"), ("6.67", "w4 w8"), ("6.66", "w8 w4"), ("5.33", "w4 w4"), ("4", "w4 w4")]
+)
+def test_bits_are_the_mean_over_all_weights(limit: str, best: str) -> None:
+    assert chosen(two_layers(), f"bits<={limit}") == best
+
+
+def test_bits_that_cannot_be_had_name_the_least() -> None:
+    with pytest.raises(InfeasibleError, match="the least bits that works is 4; held up by b") as caught:
+        allocate(two_layers(), [Budget.parse("bits<=3.9")])
+    assert str(caught.value.least[0].budget) == "bits<=4"
+    (price,) = allocate(two_layers(), [Budget.parse("bits<=6.6")]).shadow_prices
+    assert price.text == "+0.3 bits buys −25 % error"  # 6.9 leaves room for w4 w8
+    assert price.unit == "loss/bit"
 
 
 def test_one_byte_below_the_least_is_infeasible() -> None:
@@ -247,7 +264,9 @@ def problems(draw: st.DrawFn) -> AllocationProblem:
             f"d{i}",
             "layer",
             tuple(
-                Option(f, draw(eighths), draw(eighths) / 1e4, draw(st.integers(0, 9)), draw(eighths), draw(eighths))
+                Option(
+                    f, draw(eighths), draw(eighths) / 1e4, draw(st.integers(0, 9)), *(draw(eighths) for _ in range(3))
+                )
                 for f in draw(st.permutations(FORMATS))[:count]
             ),
         )
@@ -298,7 +317,7 @@ def problems(draw: st.DrawFn) -> AllocationProblem:
 @st.composite
 def tasks(draw: st.DrawFn) -> tuple[AllocationProblem, list[Budget], tuple[Objective, ...]]:
     problem = draw(problems())
-    dimensions: list[Dimension] = ["size", "latency", "bops", "error"]
+    dimensions: list[Dimension] = ["size", "latency", "bops", "bits", "error"]
     if problem.memory_steps:
         dimensions.append("peak_memory")
     legal = [totals for _, totals in plans(problem, [])]

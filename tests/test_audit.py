@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from analysing import analyses_of, model_of, singles
+from analysing import analyses_of, model_of, rounding_error, singles
 
 from lcpaq_onnx.manager.analysis import AnalysisManager
-from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.numeric.losses import teacher_loss
 from lcpaq_onnx.passes import CalibrationRun, ErrorTables, RandomPlans, audit, every_entry
 from lcpaq_onnx.passes.analysis.batch_size import BatchSize
@@ -37,7 +36,7 @@ def analyses(samples: int = 64) -> AnalysisManager:
 
 def loss_of(plan: dict[str, int], rows: slice, manager: AnalysisManager) -> float:
     changed = {
-        WEIGHT_OF[name]: WEIGHTS[WEIGHT_OF[name]] + Rounding(bits).error(WEIGHTS[WEIGHT_OF[name]], AXES[name])
+        WEIGHT_OF[name]: WEIGHTS[WEIGHT_OF[name]] + rounding_error(WEIGHTS[WEIGHT_OF[name]], bits, AXES[name])
         for name, bits in plan.items()
     }
     before, after = (Session(model_of(TEXT, WEIGHTS | w)).run({"x": X[rows]}) for w in ({}, changed))

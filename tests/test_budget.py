@@ -26,6 +26,8 @@ from lcpaq_onnx.errors import UsageError
         ("bops<=0.1x", "bops", 0.1, "relative"),
         ("peak_memory<=512KB", "peak_memory", 512_000, "absolute"),
         (" peak_memory<=.5x ", "peak_memory", 0.5, "relative"),
+        ("bits<=4", "bits", 4, "absolute"),
+        ("bits <= 2.5", "bits", 2.5, "absolute"),
         ("error<=1%", "error", 1, "percent"),
         ("error<=0.05", "error", 0.05, "absolute"),
         ("error<=0", "error", 0, "absolute"),
@@ -38,7 +40,7 @@ def test_accepted_forms(text: str, dimension: str, limit: float, unit: str) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["size<=2.5MB", "size<=173.25KB", "latency<=3.2ms", "bops<=1.2G", "error<=1%", "size<=100B"]
+    "text", ["size<=2.5MB", "size<=173.25KB", "latency<=3.2ms", "bops<=1.2G", "error<=1%", "size<=100B", "bits<=2.5"]
 )
 def test_printed_as_people_write_it(text: str) -> None:
     assert str(Budget.parse(text)) == text
@@ -66,6 +68,8 @@ def test_every_budget_survives_its_text(dimension: str, limit: float, unit: str)
         ("size<1MB", "'size<1MB' is not a budget"),
         ("size<=-1MB", "write size<="),
         ("error<=0.5x", "cannot be relative"),
+        ("bits<=0.1x", "cannot be relative"),
+        ("bits<=4KB", "unknown unit 'KB'"),
         ("size<=16%", "cannot be percent"),
         ("", "is not a budget"),
         ("size<=1e999B", "finite"),

@@ -138,7 +138,7 @@ def test_counted_bytes_are_those_of_a_file() -> None:
     assert size(nodes) - size([]) == emitted_bytes(nodes) + 1
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_packed_weights_end_as_constants_of_integer_kernels(tmp_path: Path, bits: int) -> None:
     names = ("stem", "middle", "head/project", "classify")
     emitted = emit(tmp_path, make_plan(dict.fromkeys(names, f"w{bits}a8"), opset=25 if bits == 2 else 21))

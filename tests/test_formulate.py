@@ -87,7 +87,7 @@ def test_breaking_a_requirement_is_seen() -> None:
         ([8], [8], {"w8a8"}),
         ([8], [8, 32], {"f32", "w8", "w8a8"}),
         ([4, 8], [32], {"f32", "w4", "w8"}),
-        (None, [8], {"w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w8a8"}),
+        (None, [8], {"w2a8", "w3a8", "w4a8", "w5a8", "w6a8", "w7a8", "w8a8"}),
     ],
 )
 def test_the_user_narrows_the_choice(

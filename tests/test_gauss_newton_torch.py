@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from analysing import analyses_of, model_of, singles
+from analysing import analyses_of, model_of, rounding_error, singles
 
 from lcpaq_onnx.manager.analysis import AnalysisManager
 from lcpaq_onnx.numeric.directions import Rounding
@@ -89,7 +89,7 @@ def analyses() -> AnalysisManager:
 
 def error_of(layer: str, bits: int) -> np.ndarray:
     """The rounding error of the layer's weights, in a row."""
-    return Rounding(bits).error(WEIGHTS[f"w_{layer}"], LAYERS[layer]).astype(np.float64).ravel()
+    return rounding_error(WEIGHTS[f"w_{layer}"], bits, LAYERS[layer]).astype(np.float64).ravel()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -15,6 +15,8 @@ from lcpaq_onnx.allocation.problem import AllocationProblem, Decision, MemorySte
 from lcpaq_onnx.budget import Budget, Dimension
 from lcpaq_onnx.errors import UsageError
 
+COLUMN = {"latency": "latency_us", "bops": "bops", "peak_memory": "peak_memory_bytes", "bits": "stored_bits"}
+
 
 def network(layers: int, formats: tuple[int, ...] = (8, 6, 4, 2)) -> AllocationProblem:
     rng = np.random.default_rng(3)
@@ -32,6 +34,7 @@ def network(layers: int, formats: tuple[int, ...] = (8, 6, 4, 2)) -> AllocationP
                     int(weights[i]) * b,
                     float(weights[i] * math.sqrt(b)),
                     b,
+                    float(weights[i] * b / weights.sum()),
                 )
                 for b in formats
             ),
@@ -71,11 +74,10 @@ def test_coarse_problems_give_few_points() -> None:
     assert len(pareto(network(1, (8,)), "size", points=12)) == 1
 
 
-@pytest.mark.parametrize("dimension", ["latency", "bops", "peak_memory"])
+@pytest.mark.parametrize("dimension", ["latency", "bops", "peak_memory", "bits"])
 def test_other_dimensions_rise_while_error_falls(dimension: Dimension) -> None:
-    column = {"latency": "latency_us", "bops": "bops", "peak_memory": "peak_memory_bytes"}[dimension]
     points = pareto(network(6), dimension, points=6)
-    values = [getattr(p.totals, column) for p in points]
+    values = [getattr(p.totals, COLUMN[dimension]) for p in points]
     assert len(points) >= 4
     assert values == sorted(set(values))
     assert [p.totals.loss for p in points] == sorted((p.totals.loss for p in points), reverse=True)

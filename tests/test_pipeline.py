@@ -65,7 +65,11 @@ class EveryKind(Plain):
 
 REGISTRY = Registry.of(Entry(cls.name, f"{__name__}:{cls.__name__}", "tests") for cls in (Counting, EveryKind, Plain))
 
-LAYER_FORMATS = st.builds(LayerFormat, st.integers(2, 16), st.none() | st.integers(2, 16)) | st.just(FLOAT_LAYER)
+LAYER_FORMATS = (
+    st.builds(LayerFormat, st.integers(2, 16), st.none() | st.integers(2, 16))
+    | st.builds(LayerFormat, st.integers(2, 16), block=st.integers(1, 256))
+    | st.just(FLOAT_LAYER)
+)
 FLOATS = st.floats(allow_nan=False)
 EVERY_KIND = st.builds(
     EveryKind,
@@ -173,7 +177,7 @@ def test_what_may_be_written(text: str, expected: tuple[object, ...]) -> None:
         ("every-kind{count=1 method=entropy}", "is typing.Literal['minmax', 'mse', 'true', 3], but got 'entropy'", ""),
         ("every-kind{count=1 axes=1,a}", "is tuple[int, ...], but got '1,a'", "axes=1}"),
         ("every-kind{count=1 pair=1}", "is tuple[int, float], but got '1'", ""),
-        ("every-kind{count=1 layer=w4b8}", "'w4b8' is not a layer format", "w4a8"),
+        ("every-kind{count=1 layer=w4c8}", "'w4c8' is not a layer format", "w4a8"),
         ('every-kind{count=1 source="plain"}', "is Counting, but got 'plain'", ""),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import numpy_helper
-from planning_case import CALIBRATION, MODELS, VNNI, measurements, planner, prepared
+from planning_case import CALIBRATION, MODELS, VNNI, formulation, measurements, planner, prepared
 from pydantic import TypeAdapter
 
 from lcpaq_onnx import compiler
@@ -43,7 +43,7 @@ def formats(made: Plan) -> set[str]:
 def test_a_size_budget_is_kept_to_the_byte_on_disk(tmp_path: Path, budget: str) -> None:
     made = plan(budget=budget)
     path = tmp_path / "small.onnx"
-    graph_io.save(compiler.apply(RESNET, made), path)
+    graph_io.save(compiler.apply(RESNET, made, CALIBRATION, samples=32), path)
     assert path.stat().st_size == made.predicted.size_bytes
     limit = Budget.parse(budget)
     whole = RESNET.stat().st_size if limit.unit == "relative" else 1
@@ -76,8 +76,8 @@ def test_eight_bits_everywhere_when_that_is_all_that_is_allowed() -> None:
 
 
 def test_a_width_that_the_target_lacks_is_refused() -> None:
-    with pytest.raises(LcpaqError, match="7-bit"):
-        plan(weights=[7])
+    with pytest.raises(LcpaqError, match="9-bit"):
+        plan(weights=[9])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_file_has_the_lowest_opset_that_expresses_the_plan(weights: list[int
     made = plan(weights=weights, activations=[8], objective="size")
     assert {LayerFormat.parse(text).weight_bits for text in formats(made)} <= set(weights)
     assert made.opset == opset
-    emitted = graph_io.to_proto(compiler.apply(RESNET, made))
+    emitted = graph_io.to_proto(compiler.apply(RESNET, made, CALIBRATION, samples=32))
     assert next(entry.version for entry in emitted.opset_import if entry.domain == "") == opset
     assert emitted.ir_version >= made.ir_version
 
@@ -123,7 +123,7 @@ def test_a_plan_survives_json_and_gives_the_same_bytes() -> None:
     made = plan(budget="size<=0.25x")
     again = Plan.from_json(made.to_json())
     assert again == made
-    files = [graph_io.to_proto(compiler.apply(RESNET, p)).SerializeToString() for p in (made, again)]
+    files = [graph_io.to_proto(compiler.apply(RESNET, p, CALIBRATION, samples=32)).SerializeToString() for p in (made, again)]
     assert files[0] == files[1]
 
 
@@ -169,10 +169,20 @@ def test_the_frontier_falls_and_its_files_are_as_large_as_promised(tmp_path: Pat
     assert errors == sorted(errors, reverse=True)
     for made in (plans[0], plans[-1]):
         path = tmp_path / "point.onnx"
-        graph_io.save(compiler.apply(RESNET, made), path)
+        graph_io.save(compiler.apply(RESNET, made, CALIBRATION, samples=32), path)
         assert path.stat().st_size == made.predicted.size_bytes
 
 
 def test_planner_and_allocate_agree() -> None:
     direct = planner(allowed=Allowed(frozenset([8]), frozenset([8]))).plan((), ("latency", "error"))
     assert {layer.format for layer in direct.layers} == formats(plan(weights=[8], activations=[8]))
+
+
+def test_a_budget_on_bits_limits_the_mean_width() -> None:
+    made = plan(budget="bits<=4", objective="error")
+    count = {layer.weight: float(np.prod(layer.weight_shape)) for layer in formulation().structure.layers}
+    width = {layer.weight: layer.layer_format.weight_bits or 32 for layer in made.layers}
+    mean = sum(width[name] * count[name] for name in count) / sum(count.values())
+    assert mean == pytest.approx(made.predicted.stored_bits, rel=1e-9)
+    assert 3.9 < mean <= 4
+    assert made.predicted.loss > plan(budget="bits<=6", objective="error").predicted.loss

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from analysing import Feed, analyses_of, model_of, singles
+from analysing import Feed, analyses_of, model_of, rounding_error, singles
 from onnx import numpy_helper
 
 from lcpaq_onnx.formats import QFormat
@@ -166,7 +166,7 @@ def test_rounding_probes_are_whole_model_runs_with_rounded_weights(layer: str, b
     result = measured(analyses, [probe])[probe]
     teacher = teacher_of(analyses)
     before = Session(MODEL).run({"x": X})
-    after = whole_model(analyses, layer, Rounding(bits).error(weight, found.channel_axis), X)
+    after = whole_model(analyses, layer, rounding_error(weight, bits, found.channel_axis), X)
     expected = teacher.loss(before, after)
     # Outputs of size 1 differ by float32's 1e-6 in another order of sums; rounding to 6 bits moves them by 1e-3.
     np.testing.assert_allclose(result.loss, expected, rtol=0.02, atol=1e-9)
@@ -530,7 +530,8 @@ def test_cross_terms_predict_the_loss_of_two_layers_together(model: onnx.ModelPr
     teacher = teacher_of(analyses)
     before = Session(model).run({"x": X})
     changed = {
-        name: weight_values(nodes[name], layer) + direction.error(weight_values(nodes[name], layer), layer.channel_axis)
+        name: weight_values(nodes[name], layer)
+        + rounding_error(weight_values(nodes[name], layer), direction.bits, layer.channel_axis)
         for name, layer in layers.items()
     }
     for pair in (("one", "two"), ("two", "fc"), ("one", "fc"), ("one", "two", "fc")):

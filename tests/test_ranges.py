@@ -12,14 +12,14 @@ from hypothesis.extra import numpy as hnp
 from scipy import special
 
 from lcpaq_onnx.formats import QFormat
-from lcpaq_onnx.numeric.ranges import RangeMethod, StreamingHistogram, choose_range
+from lcpaq_onnx.numeric.ranges import HistogramMethod, StreamingHistogram, choose_range
 from lcpaq_onnx.numeric.rounding import activation_parameters, fake_quantize
 
 FAST = settings(deadline=None, max_examples=80, derandomize=True)
 EIGHT = QFormat(bits=8, signed=False, symmetric=False)
 SIGNED = QFormat(bits=8, symmetric=True)
 FOUR = QFormat(bits=4, signed=False, symmetric=False)
-METHODS: tuple[RangeMethod, ...] = ("minmax", "percentile", "mse", "entropy")
+METHODS: tuple[HistogramMethod, ...] = ("minmax", "percentile", "mse", "entropy")
 
 
 def histogram_of(*batches: np.ndarray) -> StreamingHistogram:
@@ -122,7 +122,7 @@ def test_empty_batches_are_ignored_and_nothing_seen_is_said() -> None:
 @pytest.mark.parametrize("format", [EIGHT, SIGNED, FOUR], ids=str)
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(values=hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-100, 100, width=32)))
-def test_every_range_lies_inside_what_was_seen(method: RangeMethod, format: QFormat, values: np.ndarray) -> None:
+def test_every_range_lies_inside_what_was_seen(method: HistogramMethod, format: QFormat, values: np.ndarray) -> None:
     found = choose_range(histogram_of(values), method, format)
     assert values.min() <= found.low
     assert found.high <= values.max()
@@ -199,7 +199,7 @@ def test_entropy_is_not_worse_than_minmax_in_divergence() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_relu_range_starts_at_zero(method: RangeMethod) -> None:
+def test_a_relu_range_starts_at_zero(method: HistogramMethod) -> None:
     values = np.maximum(np.random.default_rng(7).normal(size=20_000), 0).astype(np.float32)
     found = choose_range(histogram_of(values), method, EIGHT)
     _, zero_point = activation_parameters(found.low, found.high, EIGHT)

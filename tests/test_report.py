@@ -10,6 +10,7 @@ from lcpaq_onnx.errors import LcpaqError, UsageError
 from lcpaq_onnx.planning.plan import Proof
 from lcpaq_onnx.verification.report import (
     ActivationRow,
+    BitSummary,
     Check,
     Environment,
     KernelSummary,
@@ -37,6 +38,8 @@ def layer(name: str, **changes: object) -> LayerRow:
         "storage": "cast",
         "parameters": 2304,
         "size_bytes": 1400,
+        "stored_bits": 4,
+        "executed_bits": 8,
         "macs": 2_359_296,
         "loss": 2e-4,
         "loss_stderr": 2e-5,
@@ -62,6 +65,7 @@ def report(**changes: object) -> Report:
         "measured": Totals(
             size_bytes=190_000,
             latency_us=450.0,
+            load_ms=18.6,
             bops=2.7e9,
             loss=0.0141,
             loss_stderr=0.002,
@@ -69,7 +73,7 @@ def report(**changes: object) -> Report:
             agreement=0.984375,
         ),
         "float_promised": Totals(size_bytes=1_069_000, latency_us=900.0, bops=4.1e10),
-        "float_measured": Totals(size_bytes=1_069_000, latency_us=910.0, bops=4.1e10),
+        "float_measured": Totals(size_bytes=1_069_000, latency_us=910.0, load_ms=11.4, bops=4.1e10),
         "latency": LatencyMeasure(
             rounds=700,
             float_median_us=910.0,
@@ -83,12 +87,20 @@ def report(**changes: object) -> Report:
         "kernels": KernelSummary(
             macs=4_718_592, integer_macs=4_595_909, layers=3, integer_layers=2, quantize_nodes=1, dequantize_nodes=2
         ),
+        "bits": BitSummary(stored=4.0, stored_in_all=4.861, executed=8.6),
         "checks": (Check(name="size", passed=True, detail="190,000 bytes on disk, 190,000 predicted"),),
         "warnings": (),
         "layers": (
             layer("stem"),
             layer(LONG),
-            layer("fc", op="Gemm", kernel="Gemm", is_integer=False, float_reason="planned in float: it is cheap"),
+            layer(
+                "fc",
+                op="Gemm",
+                kernel="Gemm",
+                is_integer=False,
+                executed_bits=32,
+                float_reason="planned in float: it is cheap",
+            ),
         ),
         "activations": (
             ActivationRow(
@@ -143,7 +155,9 @@ def test_a_saved_report_is_read_and_a_missing_one_named(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema_version": 99}, "report schema 99"),
+        ({"schema_version": 99}, "report schema 99, this lcpaq reads 1 or 2"),
+        ({"schema_version": True}, "report schema True"),
+        ({"schema_version": "1"}, "report schema '1'"),
         ({"samples": "many"}, "out.json: samples"),
         ({"surprise": 1}, "out.json: surprise"),
     ],
@@ -154,6 +168,31 @@ def test_other_schemas_and_wrong_fields_are_errors_that_name_them(change, words)
         Report.from_json(json.dumps(data), source="out.json")
     with pytest.raises(UsageError, match=r"out\.json is not JSON"):
         Report.from_json("{", source="out.json")
+
+
+def test_a_report_of_schema_1_is_still_read():
+    data = json.loads(report().to_json())
+    data["schema_version"] = 1
+    del data["bits"]
+    for totals in ("promised", "measured", "float_promised", "float_measured"):
+        del data[totals]["load_ms"]
+    for row in data["layers"]:
+        del row["stored_bits"], row["executed_bits"]
+    data["layers"] += [
+        data["layers"][0] | {"name": "a", "format": "f32", "executed": "f32", "kernel": "Conv", "is_integer": False},
+        data["layers"][0] | {"name": "b", "kernel": "", "is_integer": False},
+    ]
+    old = Report.from_json(json.dumps(data))
+    assert old.schema_version == 2
+    assert old.bits is None
+    assert old.measured.load_ms is None
+    bits = [(row.stored_bits, row.executed_bits) for row in old.layers]
+    assert bits == [(4, 8), (4, 8), (4, 32), (32, 32), (4, 8)]
+    assert Report.from_json(old.to_json()) == old
+    assert "load " not in render_text(old)
+    data["layers"][0]["format"] = "w4z9"
+    with pytest.raises(UsageError, match=r"out.json: layers.0.stored_bits"):
+        Report.from_json(json.dumps(data), source="out.json")
 
 
 def test_passed_means_every_check_did():
@@ -180,6 +219,8 @@ def test_the_headline_says_what_was_gained():
     assert "2.02x faster: 910 us -> 450 us" in text
     assert "1.23% of the output's range, 98.4% of decisions kept" in text
     assert "integer MACs 97.4% (2 of 3 layers)" in text
+    assert "load     11.4 ms -> 18.6 ms" in text
+    assert "bits     4.00 stored for a weight (4.86 with its scale and nodes), 8.6 executed" in text
 
 
 def test_promises_stand_beside_measurements():
@@ -208,7 +249,8 @@ def test_the_layer_table_is_aligned_totalled_and_keeps_both_ends_of_long_names()
     lines = render_text(report()).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("Layers:"))
     title, rule, *rows = lines[start + 1 : start + 8]
-    assert lines[start] == "Layers: 3 x w4a8"
+    assert lines[start] == "Layers: 3 x w4a8; bits: stored/executed"
+    assert [row[title.index("bits") :].split()[0] for row in rows[:3]] == ["4/8", "4/8", "4/32"]
     kernels = [row[title.index("kernel") :].split()[0] for row in rows[:3]]
     assert kernels == ["QLinearConv", "QLinearConv", "Gemm"]
     assert rows[1].split()[0] == shorten(LONG, 30)
@@ -216,7 +258,7 @@ def test_the_layer_table_is_aligned_totalled_and_keeps_both_ends_of_long_names()
     assert rows[1].split()[0].endswith("3x3/Conv")
     assert rows[3] == rule
     assert rows[4].split() == ["3", "layers", "6,912", "4,200", "7.078", "6.0e-04", "±6%"]
-    assert "planned in float: it" in rows[2]
+    assert "planned in float" in rows[2]
     assert "planned in float: it is cheap" in render_text(report(), width=160)
 
 
@@ -242,7 +284,7 @@ def test_a_model_that_got_larger_and_slower_is_not_praised():
     assert "2.00x SLOWER" in text
 
 
-@pytest.mark.parametrize("width", [100, 127, 128, 132, 200])
+@pytest.mark.parametrize("width", [100, 131, 132, 133, 200])
 def test_lines_fit_the_width(width):
     text = render_text(report(warnings=("word " * 60,), checks=FAILED), width=width)
     assert max(len(line) for line in text.splitlines()) <= width

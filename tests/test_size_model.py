@@ -32,7 +32,7 @@ def stored_layers(plan: Plan) -> dict[str, StoredLayer]:
         layer.name: StoredLayer(
             weight=None if layer.weight_format == "f32" else layer.qformat,
             storage=layer.storage,
-            with_scale_only=layer.layer_format.is_weight_only,
+            with_scale_only=layer.layer_format.is_folded,
             integer_bias=layer.bias_format == "int32",
             isolated=layer.isolate_input,
         )

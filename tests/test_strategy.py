@@ -42,7 +42,7 @@ def bench() -> Bench:
 
 
 def emit(graph: graph_io.Graph, plan: Plan) -> graph_io.Graph:
-    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(graph, plan=plan)).graph
+    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(graph, bench().inputs, plan)).graph
 
 
 def search(*budgets: str, allowed: Allowed = Allowed(), objective: str | None = None) -> Outcome:  # noqa: B008

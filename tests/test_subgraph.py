@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from analysing import analyses_of, model_of, singles
+from analysing import analyses_of, model_of, rounding_error, singles
 from onnx import numpy_helper
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 
@@ -123,7 +123,9 @@ def test_a_probe_of_every_layer_gives_the_loss_of_the_whole_model(name: str) -> 
     nodes = nodes_by_name(analyses.graph)
     for layer, probe in probes.items():
         weight = weight_values(nodes[layer.name], layer)
-        changed = Session(with_weight(model, layer.name, weight + direction.error(weight, layer.channel_axis)))
+        changed = Session(
+            with_weight(model, layer.name, weight + rounding_error(weight, direction.bits, layer.channel_axis))
+        )
         before = Session(model)
         for sample, feed in enumerate(singles("x", IMAGE)):
             expected = teacher.loss(before.run(feed), changed.run(feed))

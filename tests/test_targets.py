@@ -11,6 +11,7 @@ from lcpaq_onnx.formats import FLOAT_LAYER, LayerFormat, QFormat
 from lcpaq_onnx.signature import OperatorSignature
 from lcpaq_onnx.targets.latency import read_latency_table
 from lcpaq_onnx.targets.loader import available, load
+from lcpaq_onnx.targets.schema import EXECUTED_BITS
 from lcpaq_onnx.targets.target import Quirk
 
 VNNI, AVX2, GENERIC = "onnxruntime-cpu-x86_64-vnni", "onnxruntime-cpu-x86_64-avx2", "generic-int8"
@@ -32,7 +33,7 @@ def test_built_in_targets_load_under_their_file_names():
 
 def test_layer_formats_are_float_first_then_widest_first():
     names = [str(f) for f in load(VNNI).layer_formats("Conv")]
-    assert names[:7] == ["f32", "w16", "w16a16", "w8", "w8a16", "w8a8", "w6"]
+    assert names[:7] == ["f32", "w16", "w16a16", "w8", "w8a16", "w8a8", "w7"]
     assert "w16a8" not in names
     assert "w2a8" in names
     assert load(VNNI).layer_formats("Gelu") == (FLOAT_LAYER,)
@@ -57,12 +58,41 @@ def test_stored_bits_are_not_executed_bits(op, text, executed):
 
 
 def test_illegal_formats_name_the_legal_ones():
-    with pytest.raises(TargetError, match=r"Conv cannot be w7a8\n  try: use one of f32 w16"):
-        load(VNNI).executed("Conv", LayerFormat(7, 8))
+    with pytest.raises(TargetError, match=r"Conv cannot be w9a8\n  try: use one of f32 w16"):
+        load(VNNI).executed("Conv", LayerFormat(9, 8))
+    with pytest.raises(TargetError, match=r"Conv cannot be w4b32\n  try: use one of f32 w16"):
+        load(VNNI).executed("Conv", LayerFormat(4, block=32))
     with pytest.raises(TargetError, match="no 4-bit activations"):
         load(VNNI).activation_format(4)
-    with pytest.raises(TargetError, match="stores no 7-bit weights"):
-        load(VNNI).weight_format("Conv", 7, 0)
+    with pytest.raises(TargetError, match="stores no 9-bit weights"):
+        load(VNNI).weight_format("Conv", 9, 0)
+    with pytest.raises(TargetError, match="stores no 3-bit weights in blocks of 32"):
+        load(VNNI).weight_format("MatMul", 3, 1, block=32)
+
+
+def test_every_width_from_2_to_8_can_be_stored_and_executed_as_integers():
+    for name in (VNNI, AVX2):
+        weights = load(name).weights
+        assert set(range(2, 9)) <= set(weights.stored_bits) & set(weights.integer_bits)
+
+
+def test_blocks_are_formats_of_matrices_with_kernels_of_their_own(tmp_path):
+    target = load(VNNI)
+    for op in ("MatMul", "Gemm"):
+        blocks = [f for f in target.layer_formats(op) if f.block is not None]
+        assert [str(f) for f in blocks] == ["w8b32", "w4b32", "w2b32"]
+        assert [target.executed(op, f) for f in blocks] == ["nbits8", "nbits4", "nbits2"]
+        assert [EXECUTED_BITS[target.executed(op, f)] for f in blocks] == [8, 8, 8]
+    assert str(target.weight_format("MatMul", 4, 1, block=32)) == "int4:sym:axis=0:block=32"
+    rules = [target.storage_for(bits, block=32) for bits in (2, 4, 8)]
+    assert [(rule.expression, rule.min_opset) for rule in rules] == [("plain", 25), ("plain", 21), ("plain", 21)]
+    assert target.takes_blocks(2, (64, 12))
+    assert target.takes_blocks(4, (64, 9))
+    assert not target.takes_blocks(2, (64, 10))
+    older = load(write(tmp_path, CHILD + "[runtime]\nopset_max = 21\n"))
+    assert [str(f) for f in older.layer_formats("MatMul") if f.block is not None] == ["w8b32", "w4b32"]
+    oldest = load(write(tmp_path, CHILD + "[runtime]\nopset_max = 20\n"))
+    assert not any(f.block for f in oldest.layer_formats("MatMul"))
 
 
 def test_tensor_formats():
@@ -162,10 +192,14 @@ def test_inheritance_in_a_circle(tmp_path):
         (CHILD + '[weights]\nper_channel = "yes"', "'weights.per_channel': Input should be a valid boolean", ""),
         (CHILD + "[memory]\nflash_bytes = true", "valid integer", ""),
         (CHILD + '[operators.Conv.layers]\na4 = "int8"', "unknown mode 'a4'", ""),
+        (CHILD + '[operators.Conv.layers]\na8 = "nbits"', "nbits computes with blocks only", ""),
+        (CHILD + '[operators.MatMul.layers]\nweight-only-b32 = "f32"', "use nbits or illegal", ""),
+        (CHILD + '[operators.MatMul.layers]\nweight-only-b64 = "nbits"', "no storage with block = 64", ""),
+        (CHILD + '[operators.Conv.layers]\nweight-only-b32 = "nbits"', "nbits2.work_per_s: no rate for conv", ""),
         (CHILD + '[operators.Conv.layers]\na8 = "int9"', "'operators.Conv.layers.a8'", "'int8'"),
         (CHILD + '[operators.Conv.layers]\na8 = "int4"', "rates.executed.int4.work_per_s: no rate for conv", ""),
-        (CHILD + "[weights]\nstored_bits = [2, 8, 9]", "[3, 4, 5, 6] missing from weights.stored_bits", ""),
-        (CHILD + "[weights]\nstored_bits = [2, 3, 4, 5, 6, 8, 9]", "no expression for the stored widths [9]", ""),
+        (CHILD + "[weights]\nstored_bits = [2, 8, 9]", "[3, 4, 5, 6, 7] missing from weights.stored_bits", ""),
+        (CHILD + "[weights]\nstored_bits = [2, 3, 4, 5, 6, 7, 8, 9]", "no expression for the stored widths [9]", ""),
         (CHILD + '[activations]\n8 = "uint16:asym"', "not a per-tensor format of 8 bits", ""),
         (CHILD + '[activations]\n8 = "byte"', "'byte' is not a tensor format", ""),
         (CHILD.replace("schema = 1", "schema = 2"), "schema version 2; this lcpaq reads version 1", "schema = 1"),

@@ -87,6 +87,35 @@ def test_a_right_file_passes_and_every_layer_is_accounted_for(tmp_path):
     assert report.measured.bops == 64 * integer + 1024 * (sum(MACS.values()) - integer)
 
 
+def test_stored_and_executed_bits_are_told_apart(tmp_path):
+    report = check(emit(tmp_path, make_plan(MIXED)))
+    bits = {row.name: (row.stored_bits, row.executed_bits) for row in report.layers}
+    assert bits == {
+        "stem": (5, 32),
+        "depthwise": (32, 32),
+        "middle": (4, 8),
+        "head/project": (3, 8),
+        "classify": (8, 8),
+    }
+    assert report.bits is not None
+    parameters = {row.name: row.parameters for row in report.layers}
+    stored = sum(bits[name][0] * count for name, count in parameters.items()) / sum(parameters.values())
+    assert report.bits.stored == pytest.approx(stored)
+    assert report.bits.stored_in_all == pytest.approx(8 * 5 * 100 / sum(parameters.values()))  # as planned by hand
+    executed = sum(bits[name][1] * count for name, count in MACS.items()) / sum(MACS.values())
+    assert report.bits.executed == pytest.approx(executed)
+
+
+def test_loading_is_timed_where_running_is(tmp_path):
+    emitted = emit(tmp_path, make_plan(MIXED))
+    for timing_s, is_timed in ((0.0, False), (0.01, True)):
+        report = check(emitted, options=VerifyOptions(timing_s=timing_s))
+        loads = (report.float_measured.load_ms, report.measured.load_ms)
+        assert [load is not None for load in loads] == [is_timed, is_timed]
+    # Five small layers: far from both ends on any machine.
+    assert all(0.1 < load < 5000 for load in loads)
+
+
 def detail(report: Report, name: str) -> str:
     return next(c.detail for c in report.checks if c.name == name)
 
@@ -342,13 +371,21 @@ def test_a_file_that_is_no_model_is_an_error(tmp_path):
 
 # ---- budgets --------------------------------------------------------------------------------------------------------
 def test_budgets_are_judged_as_predicted_and_as_measured(tmp_path):
-    budgets = ("size<=20KB", "latency<=0.4x", "bops<=0.5x", "peak_memory<=9KB", "error<=0.1%")
+    budgets = ("size<=20KB", "latency<=0.4x", "bops<=0.5x", "peak_memory<=9KB", "bits<=8", "error<=0.1%")
     report = check(emit(tmp_path, make_plan({}, budgets=budgets)))
     found = failed(report)
     assert set(found) == {"budget-latency", "budget-error"}
     assert "predicted 0.4444x" in found["budget-latency"]
     assert "predicted 2%, measured" in found["budget-error"]
     assert "predicted 9KB" in detail(report, "budget-peak_memory")
+    assert detail(report, "budget-bits") == "bits<=8: predicted 8, measured 8"
+
+
+def test_stored_bits_are_counted_in_the_file(tmp_path):
+    plan = make_plan({"middle": "f32"}, budgets=("bits<=8",))  # which says 8 and has a float layer
+    report = check(emit(tmp_path, plan))
+    assert failed(report) == {"budget-bits": f"bits<=8: predicted 8, measured {report.bits.stored:.4g}"}
+    assert report.bits.stored > 8
 
 
 def test_an_error_budget_that_only_the_prediction_meets_fails(tmp_path):

@@ -40,7 +40,7 @@ __all__ = [
 
 Caps = Mapping[Column, float]
 """Largest allowed value by column."""
-Goal = Literal["loss", "squared_error", "size_bytes", "latency_us", "bops", "peak_memory_bytes", "rank", "nothing"]
+Goal = Literal[Column, "rank", "nothing"]
 """What to minimise: a column of the totals, the preference among equal plans, or nothing (any feasible plan)."""
 LIMIT_SLACK = 1e-9
 """Caps on columns that are not whole bytes hold up to this relative rounding."""

@@ -22,6 +22,7 @@ _COLUMNS: dict[Dimension, Column] = {
     "latency": "latency_us",
     "bops": "bops",
     "peak_memory": "peak_memory_bytes",
+    "bits": "stored_bits",
     "error": "loss",
 }
 

@@ -43,12 +43,13 @@ __all__ = [
     "live_bytes",
 ]
 
-Column = Literal["loss", "squared_error", "size_bytes", "latency_us", "bops", "peak_memory_bytes"]
+Column = Literal["loss", "squared_error", "size_bytes", "latency_us", "bops", "stored_bits", "peak_memory_bytes"]
 _CAPPED: dict[Dimension, Column] = {
     "size": "size_bytes",
     "latency": "latency_us",
     "bops": "bops",
     "peak_memory": "peak_memory_bytes",
+    "bits": "stored_bits",
 }
 
 
@@ -57,7 +58,8 @@ class Option:
     """One format a decision may take, and what it adds to the totals (all >= 0).
 
     ``loss`` is the predicted contribution to the teacher loss; ``squared_error`` the contribution to the square of the
-    output's root mean square error over its scale. Both add up over decisions.
+    output's root mean square error over its scale. Both add up over decisions. ``stored_bits``: width times the part of
+    all weights that this decision is about, so that the sum is the mean width.
     """
 
     format: str
@@ -66,6 +68,7 @@ class Option:
     size_bytes: int = 0
     latency_us: float = 0.0
     bops: float = 0.0
+    stored_bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Totals:
-    """What an assignment costs. ``relative_error`` is the square root of ``squared_error`` (1 % = 0.01)."""
+    """What an assignment costs. ``relative_error`` is the square root of ``squared_error`` (1 % = 0.01);
+    ``stored_bits`` the mean over all weights.
+    """
 
     loss: float
     squared_error: float
@@ -97,6 +102,7 @@ class Totals:
     size_bytes: int
     latency_us: float
     bops: float
+    stored_bits: float
     peak_memory_bytes: int
 
 
@@ -170,6 +176,7 @@ class AllocationProblem:
             size_bytes=self.fixed_size_bytes + sum(o.size_bytes for o in chosen) + sum(b.size_bytes for b in paid),
             latency_us=math.fsum(latency_us),
             bops=math.fsum([self.fixed_bops, *(option.bops for option in chosen)]),
+            stored_bits=math.fsum(option.stored_bits for option in chosen),
             peak_memory_bytes=max((live_bytes(step, assignment) for step in self.memory_steps), default=0),
         )
 
@@ -224,7 +231,7 @@ class AllocationProblem:
         return column, math.floor(limit) if column.endswith("bytes") else float(limit)
 
     def reference_of(self, dimension: Dimension) -> float:
-        """What 1.0x of ``dimension`` (other than error) is, in its column's unit."""
+        """What 1.0x of ``dimension`` is, in its column's unit; not of error and bits, which are never relative."""
         return float(getattr(self.reference, _CAPPED[dimension]))
 
     def _chosen(self, name: str, assignment: Mapping[str, str]) -> Option:
@@ -251,7 +258,7 @@ class AllocationProblem:
 
     def _costs(self) -> Iterator[tuple[str, float]]:
         for (name, format_), o in self.option_of.items():
-            for cost in (o.loss, o.squared_error, o.size_bytes, o.latency_us, o.bops):
+            for cost in (o.loss, o.squared_error, o.size_bytes, o.latency_us, o.bops, o.stored_bits):
                 yield f"{name} in {format_}", cost
         for b in self.boundaries:
             yield from ((f"the conversion {b.first} → {b.second}", cost) for cost in (b.size_bytes, b.latency_us))

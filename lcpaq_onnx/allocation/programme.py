@@ -21,7 +21,7 @@ __all__ = ["Programme", "build_programme"]
 _Columns = npt.NDArray[np.int64]
 # Costs on a diagonal of a 2 × 2 table: the hull is one inequality per paid pair.
 _DIAGONALS = ({(0, 0), (1, 1)}, {(0, 1), (1, 0)})
-_SUMMED = ("loss", "squared_error", "size_bytes", "latency_us", "bops")
+_SUMMED = ("loss", "squared_error", "size_bytes", "latency_us", "bops", "stored_bits")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ _PER: dict[Column, tuple[str, float]] = {
     "peak_memory_bytes": ("MB", 1e6),
     "latency_us": ("ms", 1e3),
     "bops": ("Gop", 1e9),
+    "stored_bits": ("bit", 1.0),
     "squared_error": ("%", 1.0),
     "loss": ("loss", 1.0),
 }
@@ -34,6 +35,7 @@ _OBJECTIVE: dict[Column, tuple[str, str]] = {
     "latency_us": ("latency", "us"),
     "size_bytes": ("size", "bytes"),
     "bops": ("bops", "ops"),
+    "stored_bits": ("bits", "bits"),
     "peak_memory_bytes": ("peak memory", "bytes"),
     "squared_error": ("error", "squared error"),
 }

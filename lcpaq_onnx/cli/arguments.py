@@ -22,6 +22,7 @@ __all__ = [
     "LOSSES",
     "OBJECTIVES",
     "RANGE_METHODS",
+    "ROUNDINGS",
     "add_budgets",
     "add_data",
     "add_data_to",
@@ -39,8 +40,9 @@ __all__ = [
 
 # Spelled out here so that `--help` need not import numpy; a test compares them with the types they stand for.
 OBJECTIVES = ("error", "latency", "size")
-RANGE_METHODS = ("mse", "minmax", "percentile", "entropy")
+RANGE_METHODS = ("auto", "mse", "minmax", "percentile", "entropy")
 LOSSES = ("auto", "kl-logits", "kl-probabilities", "squared-error")
+ROUNDINGS = ("auto", "nearest", "compensated")
 ESTIMATORS = ("auto", "hessian-diagonal", "rounding-error")
 DEFAULT_WORKERS = "threads"
 DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
@@ -100,8 +102,16 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--range",
         choices=RANGE_METHODS,
-        default="mse",
-        help="how the range of an activation is chosen (default: %(default)s)",
+        default="auto",
+        help="how the range of an activation is chosen (default: %(default)s). auto: by mse, or minmax or percentile "
+        "where the output's error, measured, is clearly lower",
+    )
+    group.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="auto",
+        help="how weights become integers (default: %(default)s). nearest: each for itself. compensated: so that their "
+        "errors make up for each other on the data. auto: compensated where the measured error is clearly lower",
     )
     group.add_argument(
         "--loss", choices=LOSSES, default="auto", help="what counts as error (default: by the kind of outputs)"
@@ -126,7 +136,7 @@ def add_budgets(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="LIMIT",
         help="repeatable: 'size<=0.16x', 'size<=640KB', 'latency<=0.6x', 'bops<=0.1x', 'peak_memory<=512KB', "
-        "'error<=1%%'",
+        "'bits<=4' (mean stored width of the weights), 'error<=1%%'",
     )
     parser.add_argument(
         "--weights", type=_widths, metavar="BITS", help="weight widths that may be used, e.g. 2,3,4,5,6,8"
@@ -151,6 +161,7 @@ def settings(args: argparse.Namespace) -> Settings:
         estimator=args.estimator,
         sensitivity_samples=args.sensitivity_samples,
         seed=args.seed,
+        rounding=args.rounding,
     )
 
 

@@ -117,7 +117,7 @@ def _user_cache() -> Path | None:
 def _refuse_data_options(args: argparse.Namespace) -> None:
     """What shapes a new analysis would be lost on a finished one."""
     given = {"--samples": args.samples, "--sensitivity-samples": args.sensitivity_samples}
-    given |= {"--estimator": args.estimator != "auto", "--range": args.range != "mse", "--loss": args.loss != "auto"}
+    given |= {"--estimator": args.estimator != "auto", "--range": args.range != "auto", "--loss": args.loss != "auto"}
     lost = [option for option, value in given.items() if value]
     if lost:
         raise UsageError(

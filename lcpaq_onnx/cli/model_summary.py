@@ -77,8 +77,11 @@ def summarize(path: Path) -> ModelSummary:
     counts = Counter(node.op if not node.domain else f"{node.domain}.{node.op}" for node in written.nodes)
     layers = []
     for node in written.nodes:
-        index = facts_of(node.op, node.domain).weight_input
-        weight = stored_weight(written, node.inputs[index]) if index is not None and len(node.inputs) > index else None
+        facts = facts_of(node.op, node.domain)
+        index = 0 if facts.looks_up else facts.weight_input
+        # Rows of a quantized table are picked from its integers.
+        name = node.inputs[index].removesuffix("/q") if index is not None and len(node.inputs) > index else ""
+        weight = stored_weight(written, name) if name else None
         if weight is not None:
             layers.append(StoredLayer(node.name, node.op, weight.shape, weight.bits, weight.storage))
     return ModelSummary(

@@ -37,7 +37,7 @@ A pipeline is the names of passes and analyses, with options in braces: raise-op
 examples:
   lcpaq passes run net.onnx --pipeline fold-batch-norm --verify-each --calibration data.npz -o folded.onnx
   lcpaq passes run net.onnx --pipeline fold-batch-norm,canonical-names --print-after all --time-passes -o out.onnx
-  lcpaq passes run net.onnx --pipeline round-weights,insert-qdq --plan p.json --stop-after round-weights -o out.onnx
+  lcpaq passes run net.onnx --pipeline round-nearest,insert-qdq --plan p.json --stop-after round-nearest -o out.onnx
 """
 
 

@@ -25,8 +25,8 @@ writes, each whole or not at all, for -o small.onnx:
 {arguments.DATA_HELP}
 
 Without --budget and --objective: the fastest plan whose measured error stays within 1 % of the output's scale with 99 %
-of the decisions kept. With a budget on size, latency, bops or peak_memory: the plan of least error, or a faster one
-whose error is as good; with one on error: the fastest, then smallest plan.
+of the decisions kept. With a budget on size, latency, bops, bits or peak_memory: the plan of least error, or a faster
+one whose error is as good; with one on error: the fastest, then smallest plan.
 
 examples:
   lcpaq quantize net.onnx --calibration data.npz -o net.int8.onnx

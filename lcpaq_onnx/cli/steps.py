@@ -31,10 +31,12 @@ examples:
   lcpaq plan net.onnx --calibration data.npz --budget 'size<=0.12x' -o smaller.plan.json
 """
 _APPLY = """\
-Applying a plan twice gives the same bytes.
+Applying a plan twice gives the same bytes. A plan that rounds weights with compensation (any with less than 8 bits, as
+a rule) needs the calibration data that it was made with.
 
-example:
-  lcpaq apply net.onnx small.plan.json -o small.onnx
+examples:
+  lcpaq apply net.onnx fast.plan.json -o fast.onnx
+  lcpaq apply net.onnx small.plan.json --calibration data.npz -o small.onnx
 """
 _VERIFY = f"""\
 {arguments.DATA_HELP}
@@ -72,6 +74,8 @@ def add_to(commands: CommandGroup) -> None:
     parser = commands.add("apply", "write the quantized model that a plan describes", _APPLY, command=_apply)
     arguments.add_model(parser)
     parser.add_argument("plan", type=Path, metavar="PLAN.plan.json", help="what `lcpaq plan` wrote")
+    arguments.add_data(parser, required=False)
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of --random-data (default: %(default)s)")
     arguments.add_output(parser, "OUT.onnx", "the quantized model")
     arguments.add_printing(parser, "path, size and plan hash")
 
@@ -131,10 +135,11 @@ def _apply(args: argparse.Namespace, console: Console) -> int:
     from lcpaq_onnx.graph import graph_io
     from lcpaq_onnx.planning.plan import Plan
 
-    arguments.refuse_same_file((args.output,), (args.model, args.plan))
+    arguments.refuse_same_file((args.output,), (args.model, args.plan, args.calibration))
     check_writable((args.output,))
     plan = Plan.load(args.plan)
-    graph = compiler.apply(args.model, plan)
+    data = None if args.calibration is None and args.random_data is None else arguments.calibration(args)
+    graph = compiler.apply(args.model, plan, data, samples=args.samples, progress=console.progress())
     graph_io.save(graph, args.output)
     size_bytes = args.output.stat().st_size
     document = {"model": str(args.output), "size_bytes": size_bytes, "plan_sha256": plan.sha256()}

@@ -39,6 +39,8 @@ def stand_in(name: str) -> str:
 @lru_cache(maxsize=_KEPT_COUNTS)
 def weight_bytes(name: str, shape: tuple[int, ...], format: QFormat, storage: str, with_scale_only: bool) -> int:
     """Bytes of a quantized weight and of the nodes that restore it, without shared packed constants."""
+    if format.block is not None:
+        return _block_bytes(name, shape, format)
     is_wide = format.bits > 8
     total = _restoring_bytes(name, shape, format.axis, is_wide, with_scale_only)
     if storage == "plain":
@@ -58,6 +60,13 @@ def _restoring_bytes(name: str, shape: tuple[int, ...], axis: int | None, is_wid
     else:
         nodes = [emit.dequantize_weight(weight, result, emit.ROUND_PASS)]
     return emit.emitted_bytes(nodes, shared=[nodes[0].inputs[0]])
+
+
+def _block_bytes(name: str, shape: tuple[int, ...], format: QFormat) -> int:
+    """Bytes of a block-wise weight with its DequantizeLinear."""
+    scale = np.ones(format.scale_shape(shape), np.float32)
+    weight = QuantizedWeight(np.zeros(shape, np.int8), scale, format)
+    return emit.emitted_bytes([emit.dequantize_weight(weight, gs.Variable(name), emit.ROUND_PASS)])
 
 
 @lru_cache(maxsize=_KEPT_COUNTS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -44,7 +45,10 @@ __all__ = [
 
 PASS_KEY = "lcpaq.pass"
 
-# Names of the passes that insert the patterns: the cost table counts their bytes too.
+# Types of block-wise weights by their width.
+_NARROW = {2: np.dtype(ml_dtypes.int2), 4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
+
+# Marks of the passes that insert the patterns: the cost table counts their bytes too. All that round share one.
 ROUND_PASS = "round-weights"
 BIAS_PASS = "quantize-biases"
 QDQ_PASS = "insert-qdq"
@@ -177,7 +181,12 @@ def isolated_dequantize(
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 def dequantize_weight(weight: QuantizedWeight, result: gs.Tensor, made_by: str) -> gs.Node:
-    """DequantizeLinear (opset 13 per channel) of int8 constants to ``result``; the zero point is written out."""
+    """DequantizeLinear of integer constants to ``result``. Per channel or tensor (opset 13): int8, or int16, with the
+    zero point written out. Block-wise (opset 21; 2 bits: 25): the type of their width, and no zero point, which no
+    kernel for blocks needs and which would take a thirtieth of them.
+    """
+    if weight.format.block is not None:
+        return _dequantize_blocks(weight, result, made_by)
     name = result.name
     zeros = np.zeros(weight.scale.shape, weight.integers.dtype)
     inputs = [
@@ -186,6 +195,17 @@ def dequantize_weight(weight: QuantizedWeight, result: gs.Tensor, made_by: str) 
         constant(f"{name}/zero_point", zeros),
     ]
     attrs = {} if weight.format.axis is None else {"axis": weight.format.axis}
+    return made_node("DequantizeLinear", f"{name}/Dequantize", inputs, result, made_by, **attrs)
+
+
+def _dequantize_blocks(weight: QuantizedWeight, result: gs.Tensor, made_by: str) -> gs.Node:
+    name, format = result.name, weight.format
+    assert format.axis is not None
+    inputs = [
+        constant(f"{name}/q", weight.integers.astype(_NARROW[format.bits])),
+        constant(f"{name}/scale", weight.scale),
+    ]
+    attrs = {"axis": format.axis, "block_size": format.block}
     return made_node("DequantizeLinear", f"{name}/Dequantize", inputs, result, made_by, **attrs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["FACTS", "OpFacts", "facts_of", "weight_channel_axis"]
+__all__ = ["FACTS", "OpFacts", "facts_of", "has_integer_form", "sums_over_rows", "weight_channel_axis"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class OpFacts:
     """What quantization needs to know of one operator.
 
     ``weight_input``: index of the input that holds constant weights when the node is a layer, else None.
+    ``looks_up``: a layer that multiplies nothing where input 0 is a constant table and input 1 picks rows of it.
     ``input_channel_axis``: axis of the data input that the weights sum over, of fixed extent.
     ``bias_input``: index of the optional bias added in the accumulator's precision.
     ``keeps_scale``: every output element is an input element (or zero), so input and output share one scale.
@@ -23,6 +24,7 @@ class OpFacts:
     """
 
     weight_input: int | None = None
+    looks_up: bool = False
     bias_input: int | None = None
     input_channel_axis: int = 1
     keeps_scale: bool = False
@@ -39,6 +41,8 @@ FACTS: Mapping[str, OpFacts] = {
     "ConvTranspose": _LAYER_BIAS,
     "Gemm": _LAYER_BIAS,
     "MatMul": OpFacts(weight_input=1, input_channel_axis=-1, integer_kernel=True),
+    # With constant rows a layer, with rows of an activation a mover.
+    "Gather": OpFacts(looks_up=True, keeps_scale=True),
     "Pad": OpFacts(keeps_scale=True, fill_input=2),
     "Relu": OpFacts(activation=True),
     "Clip": OpFacts(activation=True),
@@ -51,7 +55,7 @@ FACTS: Mapping[str, OpFacts] = {
     ),
     **dict.fromkeys(
         [
-            *("DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth"),
+            *("DepthToSpace", "Expand", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth"),
             *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
         ],
         _KEEPS,
@@ -70,8 +74,10 @@ def weight_channel_axis(op: str, attrs: Mapping[str, object], weight_shape: tupl
     """Axis of the weight that runs over output channels, None where per-channel scales have no such axis.
 
     Conv-11: [M, C/g, k…] → 0. ConvTranspose-11: [C, M/g, k…] → 1, None for g > 1 (one index, g channels).
-    Gemm-13: [K, N] → 1, transposed [N, K] → 0. MatMul-13: last axis of a matrix.
+    Gemm-13: [K, N] → 1, transposed [N, K] → 0. MatMul-13: last axis of a matrix. Gather-13: rows of the table.
     """
+    if facts_of(op).looks_up:
+        return 0
     if op == "Conv":
         return 0
     if op == "ConvTranspose":
@@ -81,3 +87,16 @@ def weight_channel_axis(op: str, attrs: Mapping[str, object], weight_shape: tupl
     if op == "MatMul":
         return len(weight_shape) - 1 if len(weight_shape) == 2 else None
     return None
+
+
+def has_integer_form(op: str, attrs: Mapping[str, object]) -> bool:
+    """Whether integer kernels know what a layer computes: of Gemm-13 they know no factors."""
+    return op != "Gemm" or (attrs.get("alpha", 1.0) == 1.0 and attrs.get("beta", 1.0) == 1.0)
+
+
+def sums_over_rows(op: str, attrs: Mapping[str, object], weight_shape: tuple[int, ...]) -> bool:
+    """Whether a layer is no more than the product with a matrix [K, N] (and a bias), summed over K."""
+    if op == "Gemm":
+        plain = not attrs.get("transA", 0) and not attrs.get("transB", 0)
+        return plain and attrs.get("alpha", 1.0) == 1.0 and attrs.get("beta", 1.0) == 1.0
+    return op == "MatMul" and len(weight_shape) == 2

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.operands import has_other_readers, operands_of
 from lcpaq_onnx.graph.ops import facts_of, weight_channel_axis
 from lcpaq_onnx.tables import RecordedTensor
 
@@ -29,7 +30,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Layer:
-    """A node with constant weights and the activation function that fuses with it. All fields are names or shapes."""
+    """A node with constant weights and the activation function that fuses with it. ``input``: what the weights meet;
+    integer indices where the layer looks up rows of a table.
+    """
 
     name: str
     op: str
@@ -42,6 +45,13 @@ class Layer:
     """What the node itself writes."""
     output: str
     """What is left after the fused activation: the tensor that an integer kernel would requantize."""
+    has_other_readers: bool = False
+    """Something that is no layer reads the weight too, and must not convert it at every run."""
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it picks rows of its weight: quantized, they are picked as integers and scaled behind."""
+        return facts_of(self.op).looks_up
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ def structure_of(graph: Graph, dtypes: Mapping[str, np.dtype]) -> Structure:
         for node in graph.nodes
         if (after := _fused_activation(graph, node)) is not None and id(after) in top_level
     }
-    layers = [layer for node in graph.nodes if (layer := _layer(node, fused, dtypes)) is not None]
+    layers = [layer for node in graph.nodes if (layer := _layer(graph, node, fused, dtypes)) is not None]
     inside = {activation.inputs[0].name for activation in fused.values()}
     floats = [
         tensor.name
@@ -165,19 +175,16 @@ def _in_graph_order(graph: Graph) -> Iterable[gs.Tensor]:
         yield from (tensor for tensor in node.outputs if not tensor.is_empty())
 
 
-def _is_float_weight(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and len(tensor.shape) >= 2
-
-
-def _layer(node: gs.Node, fused: Mapping[str, gs.Node], dtypes: Mapping[str, np.dtype]) -> Layer | None:
-    facts = facts_of(node.op, node.domain)
-    if facts.weight_input is None or len(node.inputs) <= facts.weight_input:
+def _layer(graph: Graph, node: gs.Node, fused: Mapping[str, gs.Node], dtypes: Mapping[str, np.dtype]) -> Layer | None:
+    operands = operands_of(node, dtypes)
+    if operands is None:
         return None
-    data, weight = node.inputs[0], node.inputs[facts.weight_input]
-    if not _is_float_weight(weight) or dtypes.get(data.name) != np.float32:
-        return None
+    data, weight = operands
+    others = has_other_readers(graph, node.op, weight, dtypes)
+    if others and facts_of(node.op).looks_up:
+        return None  # the rows are picked from what is restored for the others
     shape = tuple(int(d) for d in weight.shape)
-    bias = facts.bias_input
+    bias = facts_of(node.op).bias_input
     raw = node.outputs[0]
     return Layer(
         name=node.name,
@@ -189,6 +196,7 @@ def _layer(node: gs.Node, fused: Mapping[str, gs.Node], dtypes: Mapping[str, np.
         bias=node.inputs[bias].name if bias is not None and len(node.inputs) > bias else None,
         raw_output=raw.name,
         output=_after_activation(node, fused)[0].name,
+        has_other_readers=others,
     )
 
 

@@ -58,13 +58,16 @@ def signature_of_shapes(
     """Signature from plain values; ``constants``: indices of the inputs that are constants. An absent optional input
     has shape ``(0,)``."""
     kind, macs, detail = _describe(op, attributes, inputs, outputs, constants)
+    weights = sum(prod(shape) for index, shape in enumerate(inputs) if index in constants)
+    if op == "Gather" and 0 in constants:
+        weights = sum(map(prod, outputs))  # of a table it touches the rows that it copies
     return OperatorSignature(
         op=op,
         kind=kind,
         macs=macs,
         input_elements=sum(prod(shape) for index, shape in enumerate(inputs) if index not in constants),
         output_elements=sum(prod(shape) for shape in outputs),
-        weight_elements=sum(prod(shape) for index, shape in enumerate(inputs) if index in constants),
+        weight_elements=weights,
         detail=detail,
     )
 

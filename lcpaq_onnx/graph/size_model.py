@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from lcpaq_onnx.formats import QFormat
-from lcpaq_onnx.graph import byte_counts, emit
+from lcpaq_onnx.graph import byte_counts, emit, lookups
 from lcpaq_onnx.graph.byte_counts import (
     DUMMIES,
     blob_bytes,
@@ -82,6 +82,9 @@ class SizeModel:
         if key not in self._layer_bytes:
             layer = self._layers[name]
             self._layer_bytes[key] = self._own_bytes(layer, stored)
+            if layer.is_lookup and stored.weight is not None:
+                # Its node, and another one that takes its result's new name.
+                self._layer_bytes[key] += _longer(self._nodes[name], _lookup_growth(layer)) + 1
             if stored.storage == "packed-bytes":
                 assert stored.weight is not None
                 piece, shape = self._piece(layer)
@@ -127,6 +130,11 @@ class SizeModel:
             is_first = self._payer[layer.weight] == name
             if stored.storage == "packed-bytes" and stored.weight is not None and is_first:
                 packed.setdefault(stored.weight.bits, []).append(layer)
+            if layer.is_lookup and stored.weight is not None:
+                last = lookups.writer_bytes(*_lookup_names(layer), stored.weight)
+                moved = self._moved_growth(layer, groups)
+                graph_bytes += _prefixed(_payload(last) + moved) - last
+                longer[name] = longer.get(name, 0) + _lookup_growth(layer) - moved
             if stored.isolated:
                 format = groups[self._structure.group_of()[layer.input]]
                 assert format is not None
@@ -156,17 +164,9 @@ class SizeModel:
         total = 0
         if layer.weight in owned:
             weight = owned[layer.weight]
-            total += (
-                constant_bytes(weight)
-                if stored.weight is None
-                else weight_bytes(
-                    stand_in(layer.weight),
-                    layer.weight_shape,
-                    stored.weight,
-                    stored.storage,
-                    stored.with_scale_only,
-                )
-            )
+            total += constant_bytes(weight) if stored.weight is None else _stored_bytes(layer, stored, stored.weight)
+        if layer.is_lookup and stored.weight is not None:
+            total += lookups.behind_bytes(*_lookup_names(layer), stored.weight)
         if layer.bias in owned:
             bias = owned[layer.bias]
             if stored.integer_bias:
@@ -202,6 +202,11 @@ class SizeModel:
         integers, result = f"{layer.input}/q", emit.isolated_name(layer.input, layer.name)
         axis = facts_of(layer.op).input_channel_axis
         return byte_counts.isolated_bytes(stand_in(integers), stand_in(result), channels, format, axis)
+
+    def _moved_growth(self, layer: Layer, groups: Mapping[str, QFormat | None]) -> int:
+        """Bytes of the new name of what a lookup writes, which another node writes once it picks integers."""
+        group = self._structure.group_of().get(layer.raw_output, "")
+        return _growth(layer.raw_output, "/f") if groups.get(group) is not None else 0
 
     def _piece(self, layer: Layer) -> tuple[str, tuple[int, ...]]:
         return f"{layer.weight}/q", layer.weight_shape
@@ -251,6 +256,22 @@ def _growth(name: str, ending: str) -> int:
 
 def _isolated_growth(layer: Layer) -> int:
     return _growth(layer.input, emit.isolated_name(layer.input, layer.name)[len(layer.input) :])
+
+
+def _lookup_growth(layer: Layer) -> int:
+    return _growth(layer.weight, "/q") + _growth(layer.raw_output, lookups.ROWS)
+
+
+def _lookup_names(layer: Layer) -> tuple[str, str, str]:
+    return stand_in(layer.weight), stand_in(layer.input), stand_in(layer.raw_output)
+
+
+def _stored_bytes(layer: Layer, stored: StoredLayer, format: QFormat) -> int:
+    """Bytes of a quantized weight and of what restores it, packed constants apart."""
+    name = stand_in(layer.weight)
+    if layer.is_lookup:
+        return lookups.table_bytes(name, layer.weight_shape, format, stored.storage)
+    return weight_bytes(name, layer.weight_shape, format, stored.storage, stored.with_scale_only)
 
 
 def _longer(node: gs.Node, by: int) -> int:

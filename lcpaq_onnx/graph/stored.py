@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph.written import WrittenConstant, WrittenModel, WrittenNode
 
 __all__ = ["StoredWeight", "stored_weight"]
@@ -18,7 +19,8 @@ _FLOATS = frozenset(["FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"])
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
     """``bits``: width in the file. ``with_scale_only``: Cast and Mul instead of a DequantizeLinear. ``axis``: the
-    DequantizeLinear's, counted from the front. ``integers``: the plain constant, None where it is packed.
+    DequantizeLinear's, counted from the front; ``block``: its ``block_size``. ``integers``: the plain constant, None
+    where it is packed.
     """
 
     storage: Literal["float", "plain", "cast", "packed-bytes"]
@@ -26,6 +28,7 @@ class StoredWeight:
     shape: tuple[int, ...]
     scale_shape: tuple[int, ...] = ()
     axis: int = 0
+    block: int | None = None
     with_scale_only: bool = False
     has_zero_point: bool = False
     integers: WrittenConstant | None = None
@@ -33,11 +36,15 @@ class StoredWeight:
     def __str__(self) -> str:
         return "float" if self.storage == "float" else f"{self.bits} bits {self.storage}"
 
-    def is_along(self, axis: int | None) -> bool:
-        """Whether there is one scale per index of weight axis ``axis`` (None: one scale in all)."""
-        if axis is None:
+    def has_scales_of(self, format: QFormat) -> bool:
+        """Whether there is one scale per index of the format's axis, or per block along it (no axis: one in all)."""
+        if format.axis is None:
             return not self.scale_shape
-        axis %= len(self.shape)
+        axis = format.axis % len(self.shape)
+        if self.block != format.block:
+            return False
+        if format.block is not None:
+            return self.axis == axis and self.scale_shape == format.scale_shape(self.shape)
         if self.with_scale_only:
             return self.scale_shape == tuple(n if i == axis else 1 for i, n in enumerate(self.shape))
         return self.axis == axis and self.scale_shape == (self.shape[axis],)
@@ -64,7 +71,9 @@ def stored_weight(model: WrittenModel, weight: str) -> StoredWeight | None:
     if constant is not None:
         return StoredWeight("float", 32, constant.shape) if constant.dtype in _FLOATS else None
     node = model.producers.get(weight)
-    if node is None or node.op not in ("DequantizeLinear", "Mul"):
+    if node is None:
+        return _looked_up(model, weight)
+    if node.op not in ("DequantizeLinear", "Mul"):
         return None
     with_scale_only = node.op == "Mul"
     source = node.inputs[0]
@@ -82,8 +91,24 @@ def stored_weight(model: WrittenModel, weight: str) -> StoredWeight | None:
         shape=integers.shape,
         scale_shape=scale.shape,
         axis=_axis(node, len(integers.shape)),
+        block=_integer(node, "block_size", 0) or None,
         with_scale_only=with_scale_only,
         has_zero_point=len(node.inputs) > 2 and node.inputs[2] in model.constants,
+        integers=integers.constant,
+    )
+
+
+def _looked_up(model: WrittenModel, weight: str) -> StoredWeight | None:
+    """A table whose rows are picked as integers and scaled behind, so that nothing restores it as a whole."""
+    integers, scale = _integers(model, f"{weight}/q"), model.constants.get(f"{weight}/scale")
+    if integers is None or scale is None:
+        return None
+    return StoredWeight(
+        storage=integers.storage,
+        bits=integers.bits,
+        shape=integers.shape,
+        scale_shape=scale.shape,
+        with_scale_only=True,
         integers=integers.constant,
     )
 
@@ -125,6 +150,11 @@ def _plane_bits(model: WrittenModel, node: WrittenNode) -> int:
 
 def _axis(node: WrittenNode, ndim: int) -> int:
     """Axis attribute of DequantizeLinear-13 (default 1), counted from the front."""
-    axis = node.attributes.get("axis", 1)
-    assert isinstance(axis, int)
+    axis = _integer(node, "axis", 1)
     return axis % ndim if ndim else 0
+
+
+def _integer(node: WrittenNode, attribute: str, default: int) -> int:
+    value = node.attributes.get(attribute, default)
+    assert isinstance(value, int)
+    return value

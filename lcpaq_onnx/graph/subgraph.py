@@ -12,7 +12,7 @@ import onnx
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.tables import RecordedTensor
 
-__all__ = ["Cut", "Suffix", "SuffixExtractor", "with_outputs"]
+__all__ = ["Cut", "Suffix", "SuffixExtractor", "node_reads", "with_outputs"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SuffixExtractor:
         """``tensors``: recorded types of the graph's tensors; a suffix declares its inputs with them."""
         self._model = to_proto(graph)
         self._tensors = tensors
-        self._reads = [_reads(node) for node in self._model.graph.node]
+        self._reads = [node_reads(node) for node in self._model.graph.node]
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -138,7 +138,7 @@ class SuffixExtractor:
         return onnx.helper.make_tensor_value_info(name, element, [None] * len(recorded.shape))
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def node_reads(node: onnx.NodeProto) -> set[str]:
     """Names a node reads, those captured by its subgraphs included."""
     names = {name for name in node.input if name}
     for attribute in node.attribute:
@@ -148,6 +148,6 @@ def _reads(node: onnx.NodeProto) -> set[str]:
             own.update(name for inner in graph.node for name in inner.output)
             read = {output.name for output in graph.output}
             for inner in graph.node:
-                read |= _reads(inner)
+                read |= node_reads(inner)
             names |= read - own
     return names

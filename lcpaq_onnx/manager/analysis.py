@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lcpaq_onnx.graph.graph_io import Graph
     from lcpaq_onnx.numeric.losses import LossName, TeacherLoss
     from lcpaq_onnx.runtime.calibration import CalibrationData
+    from lcpaq_onnx.tables import RoundingMethod
     from lcpaq_onnx.targets.target import Target
 
 __all__ = ["Analysis", "AnalysisInputs", "AnalysisManager", "AnyAnalysis", "Progress", "SilentProgress"]
@@ -65,14 +66,15 @@ class SilentProgress:
 
 @dataclass(frozen=True)
 class AnalysisInputs:
-    """What an analysis may look at besides the graph. ``seed`` starts every random generator. ``resources`` change how
-    fast an analysis is, not what it finds.
+    """What an analysis may look at besides the graph. ``seed`` starts every random generator. ``rounding``: of weights
+    below 8 bits, where their errors are measured. ``resources`` change how fast an analysis is, not what it finds.
     """
 
     calibration: CalibrationData | None = None
     target: Target | None = None
     loss: LossName | TeacherLoss = "auto"
     seed: int = 0
+    rounding: RoundingMethod = "nearest"
     progress: Progress = field(default_factory=SilentProgress, compare=False)
     resources: Resources = field(default_factory=Resources, compare=False)
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.numeric.hutchinson import LayerProbe
-from lcpaq_onnx.numeric.rounding import fake_quantize, round_nearest
+from lcpaq_onnx.numeric.rounding import fake_quantize
+from lcpaq_onnx.tables import RoundingMethod
 
 __all__ = ["BlockSigns", "Direction", "Quantizing", "RandomDirection", "Rounding", "Signs", "WeightDirection"]
 
@@ -24,14 +25,13 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Rounding:
-    """The rounding error of a layer's weights at ``bits``, as ``round-weights`` makes it."""
+    """The rounding error of a layer's weights at ``bits``. ``data_sha256``: of the samples whose moments compensated
+    rounding looked at.
+    """
 
     bits: int
-
-    def error(self, weight: Float, axis: int | None) -> Float:
-        """Shape of ``weight``; ``axis``: of the output channels."""
-        rounded: Float = round_nearest(weight, QFormat(bits=self.bits, axis=axis)).dequantized()
-        return rounded - weight
+    method: RoundingMethod = "nearest"
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True)

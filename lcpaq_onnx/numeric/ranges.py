@@ -13,14 +13,20 @@ from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.numeric.rounding import activation_parameters
 from lcpaq_onnx.tables import ActivationRange
 
-__all__ = ["RangeMethod", "StreamingHistogram", "choose_range"]
+__all__ = ["HistogramMethod", "RangeMethod", "StreamingHistogram", "choose_range", "range_candidates"]
 
-RangeMethod = Literal["minmax", "percentile", "mse", "entropy"]
+HistogramMethod = Literal["minmax", "percentile", "mse", "entropy"]
+"""What a histogram alone can answer."""
+RangeMethod = Literal["auto", "minmax", "percentile", "mse", "entropy"]
+"""``auto``: the one of ``range_candidates`` that the output prefers, tensor by tensor."""
 
 _BINS = 2048
 # Values counted per batch and tensor. Minimum and maximum are exact; the shape of a distribution is known from far
 # fewer values than a feature map has, and counting all of them would cost more than running the model.
 _SAMPLED_VALUES = 1 << 15
+# Ratio of steps from which the output is asked: below, rounding errors (squared) differ by less than 1.7 times.
+_OTHER_STEP = 1.3
+_ALTERNATIVES: tuple[HistogramMethod, ...] = ("minmax", "percentile")
 
 
 class StreamingHistogram:
@@ -94,7 +100,7 @@ _Cost: TypeAlias = Callable[[StreamingHistogram, _Candidate, QFormat], float]
 
 
 def choose_range(
-    histogram: StreamingHistogram, method: RangeMethod, format: QFormat, *, percentile: float = 99.99
+    histogram: StreamingHistogram, method: HistogramMethod, format: QFormat, *, percentile: float = 99.99
 ) -> ActivationRange:
     """The interval [low, high] for ``format``.
 
@@ -114,6 +120,23 @@ def choose_range(
         chosen = _best(histogram, format, _divergence)
     label = f"percentile {percentile:g}" if method == "percentile" else method
     return ActivationRange(max(chosen.low, low), min(chosen.high, high), low, high, label)
+
+
+def range_candidates(histogram: StreamingHistogram, format: QFormat) -> tuple[ActivationRange, ...]:
+    """Ranges worth measuring: ``mse`` first, then ``minmax`` and ``percentile`` where their steps are of another size
+    by 30 %. Mostly there is one; outliers make it more, and what they are worth only the output knows.
+    """
+    kept = [choose_range(histogram, "mse", format)]
+    for method in _ALTERNATIVES:
+        other = choose_range(histogram, method, format)
+        ratios = [_step(other, format) / _step(one, format) for one in kept]
+        if all(max(ratio, 1 / ratio) > _OTHER_STEP for ratio in ratios):
+            kept.append(other)
+    return tuple(kept)
+
+
+def _step(interval: ActivationRange, format: QFormat) -> float:
+    return float(activation_parameters(interval.low, interval.high, format)[0])
 
 
 def _percentile(histogram: StreamingHistogram, percentile: float) -> _Candidate:

@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.formats import QFormat
 
-__all__ = ["QuantizedWeight", "activation_parameters", "can_saturate", "fake_quantize", "mse_scales", "round_nearest"]
+__all__ = [
+    "QuantizedWeight",
+    "activation_parameters",
+    "can_saturate",
+    "fake_quantize",
+    "mse_scales",
+    "round_nearest",
+    "spread_scale",
+]
 
 Float = NDArray[np.float32]
 
@@ -25,36 +33,55 @@ class QuantizedWeight:
 
     integers: NDArray[np.int8] | NDArray[np.int16]
     scale: Float
-    """Shape [channels], or [] for one scale."""
+    """Shape ``format.scale_shape`` of the integers': [channels], or [] for one scale; block-wise the integers' shape
+    with the axis divided by the block (ceiling), as DequantizeLinear-21 wants it."""
     format: QFormat
 
     def dequantized(self) -> Float:
         """Float32 values, shape of the integers."""
-        return self.integers.astype(np.float32) * _along_axis(self.scale, self.format.axis, self.integers.ndim)
+        return self.integers.astype(np.float32) * spread_scale(self.scale, self.format, self.integers.shape)
 
 
-def _along_axis(scale: Float, axis: int | None, ndim: int) -> Float:
-    if axis is None:
+def spread_scale(scale: Float, format: QFormat, shape: tuple[int, ...]) -> Float:
+    """``scale`` in a shape that broadcasts against a tensor of ``shape``."""
+    if format.axis is None:
         return scale
-    shape = [1] * ndim
-    shape[axis] = -1
-    return scale.reshape(shape)
+    if format.block is not None:
+        return np.repeat(scale, format.block, axis=format.axis).take(range(shape[format.axis]), axis=format.axis)
+    along = [1] * len(shape)
+    along[format.axis] = -1
+    return scale.reshape(along)
 
 
-def _rows(values: Float, axis: int | None) -> Float:
-    """[channels, elements per channel] view or copy; one row without an axis."""
-    if axis is None:
+def _rows(values: Float, format: QFormat) -> Float:
+    """[scales, elements that share one] view or copy; one row without an axis. A last short block is filled with 0,
+    which every symmetric format holds exactly.
+    """
+    if format.axis is None:
         return values.reshape(1, -1)
-    return np.ascontiguousarray(np.moveaxis(values, axis, 0)).reshape(values.shape[axis], -1)
+    if format.block is None:
+        return np.ascontiguousarray(np.moveaxis(values, format.axis, 0)).reshape(values.shape[format.axis], -1)
+    last = np.moveaxis(values, format.axis, -1)
+    missing = -last.shape[-1] % format.block
+    padded = np.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, missing)])
+    return np.ascontiguousarray(padded).reshape(-1, format.block)
+
+
+def _of_rows(scale: Float, format: QFormat, shape: tuple[int, ...]) -> Float:
+    """One scale for each of ``_rows`` in the shape that the format asks for. ``shape``: the values'."""
+    if format.axis is None or format.block is None:
+        return scale.reshape(format.scale_shape(shape))
+    others = [size for place, size in enumerate(shape) if place != format.axis % len(shape)]
+    return np.ascontiguousarray(np.moveaxis(scale.reshape(*others, -1), -1, format.axis))
 
 
 def mse_scales(values: Float, format: QFormat) -> Float:
-    """Scale of each channel that minimises the squared rounding error over a grid of clipping ranges.
+    """Scale of each channel, or block, that minimises the squared rounding error over a grid of clipping ranges.
 
     At 8 bits and more the largest magnitude is within 1 % of that optimum and is taken as it is. An all-zero channel
-    gets scale 1. Returns shape [channels] or [] (0-d).
+    gets scale 1. Returns shape ``format.scale_shape`` of the values'.
     """
-    rows = _rows(values, format.axis)
+    rows = _rows(values, format)
     largest = np.abs(rows).max(axis=1)
     is_zero = largest == 0
     largest = np.where(is_zero, np.float32(format.qmax), largest)
@@ -71,8 +98,7 @@ def mse_scales(values: Float, format: QFormat) -> Float:
         ratio = np.where(is_zero, np.float32(1), ratio)
     scale = (largest / format.qmax * ratio).astype(np.float32)
     # A subnormal scale would overflow its own reciprocal in kernels.
-    scale = np.maximum(scale, np.finfo(np.float32).tiny)
-    return scale if format.axis is not None else scale.reshape(())
+    return _of_rows(np.maximum(scale, np.finfo(np.float32).tiny), format, values.shape)
 
 
 def _squared_error(rows: Float, scale: Float, format: QFormat) -> Float:
@@ -92,7 +118,7 @@ def round_nearest(values: Float, format: QFormat, scale: Float | None = None) ->
     ``scale``: as ``mse_scales`` returns it, which is the default.
     """
     scale = mse_scales(values, format) if scale is None else scale
-    integers = np.rint(values / _along_axis(scale, format.axis, values.ndim))
+    integers = np.rint(values / spread_scale(scale, format, values.shape))
     np.clip(integers, format.qmin, format.qmax, out=integers)
     return QuantizedWeight(integers.astype(np.int8 if format.bits <= 8 else np.int16), scale, format)
 
@@ -102,7 +128,7 @@ def can_saturate(weight: QuantizedWeight) -> bool:
 
     Which weights meet in a pair depends on the kernel's layout, so the two largest of a channel are taken.
     """
-    rows = np.abs(_rows(weight.integers.astype(np.float32), weight.format.axis))
+    rows = np.abs(_rows(weight.integers.astype(np.float32), weight.format))
     largest = np.sort(rows, axis=1)[:, -2:].sum(axis=1)
     return bool((255 * largest > np.iinfo(np.int16).max).any())
 

@@ -21,11 +21,13 @@ from lcpaq_onnx.passes import (
     ActivationRanges,
     BatchSize,
     CalibrationRun,
+    CompensableLayers,
     ErrorTables,
     GraphStructure,
     HessianDiagonals,
     OutputChanges,
     RandomPlans,
+    RangeCandidates,
     RecordedTensors,
     Reliability,
     WeightEntry,
@@ -38,7 +40,7 @@ from lcpaq_onnx.provenance import TOOL_VERSION
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed
 from lcpaq_onnx.runtime.resources import Resources
 from lcpaq_onnx.runtime.session import Session
-from lcpaq_onnx.tables import Audit, ErrorTable, HessianDiagonal, Measurements
+from lcpaq_onnx.tables import ActivationRange, Audit, ErrorTable, HessianDiagonal, Measurements, RoundingMethod
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
 
 __all__ = ["Bench", "Estimator", "Settings", "SourceModel"]
@@ -75,17 +77,19 @@ class SourceModel:
 class Settings:
     """How to measure. ``estimator``: of what a stored width costs in error: ``hessian-diagonal`` (second order),
     ``rounding-error`` (every format measured) or ``auto`` (second order, and measured where the plan depends on it).
+    ``range_method``: of activations, ``auto``: by the output's error where the histogram leaves a choice.
     ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None: until the ranking
     of what was measured is settled, 16 to 128, fewer the larger the model; ``probes``: random directions per layer and
-    sample.
+    sample. ``rounding``: of weights, ``auto``: compensated where the measured error is clearly lower than with nearest.
     """
 
     loss: LossName | TeacherLoss = "auto"
-    range_method: RangeMethod = "mse"
+    range_method: RangeMethod = "auto"
     estimator: Estimator = "auto"
     sensitivity_samples: int | None = None
     probes: int = 1
     seed: int = 0
+    rounding: Literal["auto", RoundingMethod] = "auto"
 
 
 class Bench:
@@ -104,14 +108,20 @@ class Bench:
         self.data = data
         self.settings = settings
         self._source = source
-        inputs = AnalysisInputs(
-            calibration=data, loss=settings.loss, seed=settings.seed, progress=progress, resources=resources
+        self.inputs = AnalysisInputs(
+            calibration=data,
+            loss=settings.loss,
+            seed=settings.seed,
+            rounding="nearest" if settings.rounding == "nearest" else "compensated",
+            progress=progress,
+            resources=resources,
         )
-        self._analyses = AnalysisManager(graph, inputs)
+        self._analyses = AnalysisManager(graph, self.inputs)
 
     def ranges_only(self) -> Measurements:
         """Measurements without sensitivities: enough where nothing has to be traded against error."""
-        return self._measurements(ErrorTable(), {})
+        candidates = self._analyses.get(RangeCandidates(self.settings.range_method))
+        return self._measurements({name: found[0] for name, found in candidates.items()}, ErrorTable(), {})
 
     def with_errors(self, entries: Collection[WeightEntry], samples: int) -> Measurements:
         """Measurements with the error table, measured at ``entries`` and by second order elsewhere."""
@@ -120,7 +130,9 @@ class Bench:
         channel_probes = s.probes if s.estimator == "hessian-diagonal" else 0
         table = ErrorTables(frozenset(entries), samples, s.probes, channel_probes, s.range_method)
         errors = self._analyses.get(table)
-        return self._measurements(errors, self._analyses.get(HessianDiagonals(samples, s.probes, channel_probes)))
+        ranges = self._analyses.get(ActivationRanges(s.range_method, samples=samples))
+        hessian = self._analyses.get(HessianDiagonals(samples, s.probes, channel_probes))
+        return self._measurements(ranges, errors, hessian)
 
     def audit(self, errors: ErrorTable, entries: frozenset[WeightEntry], samples: int) -> Audit | None:
         """``errors`` against random plans, measured whole: layers in widths of measured ``entries`` (none: in any) that
@@ -203,7 +215,9 @@ class Bench:
             session = session or Session(to_proto(self.graph), base_dir=self.graph.base_dir)
             yield feed, session.run(feed)
 
-    def _measurements(self, errors: ErrorTable, hessian: dict[str, HessianDiagonal]) -> Measurements:
+    def _measurements(
+        self, ranges: dict[str, ActivationRange], errors: ErrorTable, hessian: dict[str, HessianDiagonal]
+    ) -> Measurements:
         return Measurements(
             schema=MEASUREMENTS_SCHEMA,
             tool_version=TOOL_VERSION,
@@ -212,9 +226,10 @@ class Bench:
             calibration=self.data.description,
             loss=self.loss_name,
             tensors=self._analyses.get(RecordedTensors),
-            ranges=self._analyses.get(ActivationRanges(self.settings.range_method)),
+            ranges=ranges,
             hessian=hessian,
             errors=errors,
+            compensable=None if self.settings.rounding == "nearest" else self._analyses.get(CompensableLayers()),
         )
 
 

@@ -27,8 +27,11 @@ class Allowed:
     def permits(self, format: LayerFormat) -> bool:
         """Whether a layer may take ``format``."""
         activation_fits = self.activation_bits is None or (format.activation_bits or 32) in self.activation_bits
-        weight_fits = self.weight_bits is None or format.is_float or format.weight_bits in self.weight_bits
-        return activation_fits and weight_fits
+        return activation_fits and self.permits_weight(format)
+
+    def permits_weight(self, format: LayerFormat) -> bool:
+        """Whether a layer's weights may be stored as ``format`` says."""
+        return self.weight_bits is None or format.is_float or format.weight_bits in self.weight_bits
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,14 @@ class Choices:
         for format in self.target.layer_formats(layer.op):
             if str(format) not in self.costs.layers[layer.name]:
                 continue
-            if self.allowed.permits(format) and self._operands_fit(layer, format):
+            if self._permits(layer, format) and self._operands_fit(layer, format):
                 yield format
+
+    def _permits(self, layer: Layer, format: LayerFormat) -> bool:
+        """A lookup reads no activation, so limits on these leave it free."""
+        if layer.is_lookup and not format.is_float:
+            return self.allowed.permits_weight(format)
+        return self.allowed.permits(format)
 
     @cached_property
     def _useful(self) -> frozenset[str]:
@@ -111,18 +120,28 @@ class Choices:
         return (layer.input,)
 
     def _needs_quantized_output(self, layer: Layer) -> bool:
-        if self.target.needs_quantized_output(layer.op):
-            return True
+        return self.target.needs_quantized_output(layer.op) or bool(self._merged_sums(layer))
+
+    def _block_ends(self, layer: Layer) -> tuple[str, ...]:
+        """Tensors that the layer, and what merges with it, reads and writes."""
+        return (layer.input, layer.output, *self._merged_sums(layer))
+
+    def _merged_sums(self, layer: Layer) -> tuple[str, ...]:
+        """What the Adds write that the runtime makes one Gemm with the layer."""
         merges = layer.bias is None and len(self.tensors[layer.raw_output].shape) == 2
-        return merges and layer.output in self._read_by_bias and self.target.has_quirk(Quirk.MATMUL_ADD_BECOMES_GEMM)
+        if not merges or not self.target.has_quirk(Quirk.MATMUL_ADD_BECOMES_GEMM):
+            return ()
+        return self._sums_with_bias.get(layer.output, ())
 
     @cached_property
-    def _read_by_bias(self) -> frozenset[str]:
-        """Tensors that an Add of a constant reads."""
-        adds = (
-            operator for operator in self.structure.operators if operator.op == "Add" and operator.has_float_constant
-        )
-        return frozenset(name for operator in adds for name in operator.inputs)
+    def _sums_with_bias(self) -> dict[str, tuple[str, ...]]:
+        """Tensor → what Adds of it and a constant write."""
+        sums: dict[str, tuple[str, ...]] = {}
+        for operator in self.structure.operators:
+            if operator.op == "Add" and operator.has_float_constant:
+                for name in operator.inputs:
+                    sums[name] = (*sums.get(name, ()), *operator.outputs)
+        return sums
 
     def _is_integer(self, layer: Layer, format: LayerFormat) -> bool:
         return self.target.executed(layer.op, format).startswith("int")

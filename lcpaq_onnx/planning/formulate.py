@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from lcpaq_onnx.allocation.problem import (
     AllocationProblem,
@@ -29,6 +30,7 @@ from lcpaq_onnx.tables import Cost, ErrorEntry, ErrorTable, LiveStep
 __all__ = ["Formulation", "activation_decision"]
 
 _NO_ERROR = ErrorEntry(0.0, 0.0)
+_FLOAT_BITS = 32
 
 
 def activation_decision(group: str) -> str:
@@ -81,9 +83,17 @@ class Formulation(Choices):
         for format in self.layer_formats(layer):
             cost = self.costs.layers[layer.name][str(format)]
             bits = format.weight_bits
+            stored_bits = (bits or _FLOAT_BITS) * self._shares.get(layer.name, 0.0)
             error = _NO_ERROR if bits is None else self.errors.layers.get(layer.name, {}).get(bits, _NO_ERROR)
-            options.append(_option(str(format), error, cost))
+            options.append(_option(str(format), error, cost, stored_bits))
         return Decision(layer.name, "layer", tuple(options))
+
+    @cached_property
+    def _shares(self) -> dict[str, float]:
+        """Layer → its part of all weights. Of layers that share a weight only the first has one."""
+        first = {layer.weight: layer for layer in reversed(self.structure.layers)}
+        counts = {layer.name: prod(layer.weight_shape) for layer in first.values()}
+        return {name: count / max(sum(counts.values()), 1) for name, count in counts.items()}
 
     def _group_decision(self, group: ActivationGroup) -> Decision:
         float_movers = sum(cost["f32"].latency_us for cost in self._movers(group))
@@ -113,7 +123,7 @@ class Formulation(Choices):
         for bits, size_bytes in sorted(self.costs.unpack.items()):
             terms = []
             for layer in self.structure.layers:
-                formats = tuple(str(f) for f in self.layer_formats(layer) if f.weight_bits == bits)
+                formats = tuple(str(f) for f in self.layer_formats(layer) if f.weight_bits == bits and f.block is None)
                 if formats:
                     terms.append((layer.name, formats))
             if terms:
@@ -134,6 +144,7 @@ class Formulation(Choices):
             for (group, wanted), formats in by_operand.items():
                 yield Requirement(layer.name, tuple(formats), group, (wanted,))
             yield from self._one_width_or_float(layer)
+            yield from self._float_ends(layer)
 
     def _one_width_or_float(self, layer: Layer) -> Iterable[Requirement]:
         """An integer kernel that can write float cannot requantize to another width."""
@@ -146,6 +157,13 @@ class Formulation(Choices):
             own = f"a{format.activation_bits}"
             legal = ("f32", *(text for text in self.group_formats(group) if text == own))
             yield Requirement(layer.name, (str(format),), activation_decision(group), legal)
+
+    def _float_ends(self, layer: Layer) -> Iterable[Requirement]:
+        """Beside a quantizer or dequantizer block-wise weights keep runtimes from choosing a kernel for them."""
+        blocks = tuple(str(format) for format in self.layer_formats(layer) if format.block is not None)
+        groups = {self._convertible(tensor) for tensor in self._block_ends(layer)} if blocks else set()
+        for group in sorted(group for group in groups if group is not None):
+            yield Requirement(layer.name, blocks, activation_decision(group), ("f32",))
 
     def _conjunctions(self) -> Iterable[Conjunction]:
         for operator in self._deciding.values():
@@ -240,5 +258,5 @@ class Formulation(Choices):
         return max((s.fixed_bytes + 4 * sum(s.groups.values()) for s in self.timeline), default=0)
 
 
-def _option(format: str, error: ErrorEntry, cost: Cost) -> Option:
-    return Option(format, error.loss, error.squared_error, cost.size_bytes, cost.latency_us, cost.bops)
+def _option(format: str, error: ErrorEntry, cost: Cost, stored_bits: float = 0.0) -> Option:
+    return Option(format, error.loss, error.squared_error, cost.size_bytes, cost.latency_us, cost.bops, stored_bits)

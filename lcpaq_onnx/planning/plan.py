@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcpaq_onnx.errors import LcpaqError, UsageError
 from lcpaq_onnx.formats import LayerFormat, QFormat
+from lcpaq_onnx.tables import RoundingMethod
 
 __all__ = ["ActivationPlan", "LayerPlan", "Plan", "Predicted", "Proof", "Storage"]
 
@@ -37,6 +38,8 @@ class LayerPlan(_Frozen):
     weight_format: str
     storage: Storage
     scale_source: str = ""
+    rounding: RoundingMethod | None = None
+    """How the weight's integers are found; None for float layers."""
     bias: str | None = None
     bias_format: Literal["int32", "f32"] | None = None
     isolate_input: bool = False
@@ -82,7 +85,8 @@ class ActivationPlan(_Frozen):
 
 class Predicted(_Frozen):
     """Totals the plan promises. Errors are of the output (``tables.ErrorEntry``), None where nothing had to be traded
-    against error and sensitivities were not measured. Latency is of one sample.
+    against error and sensitivities were not measured. Latency is of one sample. ``stored_bits``: mean over all weights
+    of layers, float counting 32.
     """
 
     loss: float | None
@@ -90,6 +94,7 @@ class Predicted(_Frozen):
     size_bytes: int
     latency_us: float
     bops: float
+    stored_bits: float
     peak_memory_bytes: int
     float_size_bytes: int
     float_latency_us: float
@@ -124,6 +129,8 @@ class Plan(_Frozen):
     activations: tuple[ActivationPlan, ...]
     predicted: Predicted
     proof: Proof
+    calibration_sha256: str = ""
+    """Of the samples that compensated rounding looks at; empty where no layer's rounding is compensated."""
 
     def to_json(self) -> str:
         """Stable, indented, ends in a newline."""

@@ -63,6 +63,7 @@ def write_plan(
             size_bytes=_exact_size(formulation, layers, activations, sizes),
             latency_us=totals.latency_us,
             bops=totals.bops,
+            stored_bits=totals.stored_bits,
             peak_memory_bytes=totals.peak_memory_bytes,
             float_size_bytes=reference.size_bytes,
             float_latency_us=reference.latency_us,
@@ -85,7 +86,7 @@ def _exact_size(
         layer.name: StoredLayer(
             weight=None if layer.weight_format == "f32" else layer.qformat,
             storage=layer.storage,
-            with_scale_only=layer.layer_format.is_weight_only,
+            with_scale_only=layer.layer_format.is_folded,
             integer_bias=layer.bias_format == "int32",
             isolated=layer.isolate_input,
         )
@@ -122,8 +123,9 @@ class _Writer:
         isolated = not is_integer and f.isolates(layer) and self._format_of(layer.input) is not None
         weight_format = storage = None
         if format.weight_bits is not None:
-            weight_format = f.target.weight_format(layer.op, format.weight_bits, layer.channel_axis)
-            storage = _STORAGE[f.costs.storage[format.weight_bits]]
+            bits, axis = format.weight_bits, layer.channel_axis
+            weight_format = f.target.weight_format(layer.op, bits, axis, block=format.block)
+            storage = _STORAGE[f.costs.storage[format.stored]]
         return LayerPlan(
             name=layer.name,
             op=layer.op,
@@ -135,6 +137,7 @@ class _Writer:
             weight_format="f32" if weight_format is None else str(weight_format),
             storage=storage or "float",
             scale_source="" if weight_format is None else ("absmax" if weight_format.bits >= 8 else "mse"),
+            rounding=None if weight_format is None else "nearest",
             bias=layer.bias,
             bias_format=None if layer.bias is None else ("int32" if is_integer else "f32"),
             isolate_input=isolated,

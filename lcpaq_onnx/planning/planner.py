@@ -28,7 +28,7 @@ from lcpaq_onnx.planning.formulate import Formulation
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.plan_writer import PlanRequest, write_plan
 from lcpaq_onnx.planning.variants import Variant, Variants
-from lcpaq_onnx.tables import Measurements, Sensitivity
+from lcpaq_onnx.tables import Compensable, Measurements, Sensitivity
 from lcpaq_onnx.targets.target import Target
 
 __all__ = ["NEGLIGIBLE_RELATIVE_ERROR", "Planner", "tolerated_error"]
@@ -50,7 +50,12 @@ def tolerated_error(least: float) -> Budget:
 def _used(allocation: Allocation, dimension: Dimension) -> float:
     """What an allocation takes of ``dimension``, in the base unit of its budget."""
     totals = allocation.totals
-    column = {"size": totals.size_bytes, "latency": totals.latency_us, "bops": totals.bops}
+    column = {
+        "size": totals.size_bytes,
+        "latency": totals.latency_us,
+        "bops": totals.bops,
+        "bits": totals.stored_bits,
+    }
     # A hair more, so that rounding of sums in another order cannot make the point infeasible.
     return (1 + 1e-9) * float(column.get(dimension, totals.peak_memory_bytes))
 
@@ -110,6 +115,11 @@ class Planner:
     def sensitivity(self) -> Sensitivity | None:
         """How the errors were found; None where there are none."""
         return self._measurements.sensitivity
+
+    @property
+    def compensable(self) -> Compensable | None:
+        """What compensated rounding is possible for."""
+        return self._measurements.compensable
 
     def plan(self, budgets: Sequence[Budget], objective: tuple[Objective, ...]) -> Plan:
         """The best plan, in a file of the lowest opset that expresses it. Raises BudgetError when none fits."""

@@ -20,6 +20,7 @@ from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.goal import Goal, plan_for
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.planner import Planner
+from lcpaq_onnx.planning.roundings import compensated_below_8_bits
 from lcpaq_onnx.tables import Measurements
 from lcpaq_onnx.targets.loader import load as load_target
 from lcpaq_onnx.targets.target import Target
@@ -57,7 +58,8 @@ def allocate(
     measurements are of another model.
     """
     goal = Goal(budgets_of(budget), objective, allowed_formats(weights, activations))
-    return plan_for(_planner(model, measurements, target, goal.allowed), goal)
+    plan = plan_for(_planner(model, measurements, target, goal.allowed), goal)
+    return compensated_below_8_bits(plan, measurements.compensable)
 
 
 def frontier(
@@ -73,7 +75,8 @@ def frontier(
 ) -> tuple[Plan, ...]:
     """Plans of least error from the least ``dimension`` upwards, none dominated."""
     planner = _planner(model, measurements, target, allowed_formats(weights, activations))
-    return planner.frontier(dimension, budgets_of(budget), points)
+    plans = planner.frontier(dimension, budgets_of(budget), points)
+    return tuple(compensated_below_8_bits(plan, measurements.compensable) for plan in plans)
 
 
 def prepare(source: Graph) -> Graph:

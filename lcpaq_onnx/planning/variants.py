@@ -66,7 +66,7 @@ class Variants:
         """The lowest opset at which every allowed width has the storage that the target prefers; lower ones where the
         model cannot be raised that far.
         """
-        wanted = {self._storage_opset(bits) for bits in self._widths()} | {_LEAST_OPSET}
+        wanted = {self._storage_opset(format) for format in self._stored_formats()} | {_LEAST_OPSET}
         wanted |= {21} if any(bits > 8 for bits in self._activation_widths()) else set()
         reasons = []
         for opset in sorted(wanted, reverse=True):
@@ -117,12 +117,19 @@ class Variants:
     def least_opset(self, layers: Iterable[LayerFormat], activations: Iterable[str]) -> int:
         """The least that expresses layers and activation groups of these formats."""
         needed = {_LEAST_OPSET, self._graph.opset}
-        needed |= {self._storage_opset(f.weight_bits) for f in layers if f.weight_bits is not None}
+        needed |= {self._storage_opset(format) for format in layers if not format.is_float}
         needed |= {21 for text in activations if text == "a16"}
         return max(needed)
 
-    def _storage_opset(self, bits: int) -> int:
-        return self._target.storage_for(bits).min_opset
+    def _storage_opset(self, format: LayerFormat) -> int:
+        assert format.weight_bits is not None
+        return self._target.storage_for(format.weight_bits, block=format.block).min_opset
+
+    def _stored_formats(self) -> Iterable[LayerFormat]:
+        """Allowed ones that some layer of the model could have."""
+        widths = self._widths()
+        found = (format for op in {node.op for node in self._graph.nodes} for format in self._target.layer_formats(op))
+        return (format for format in found if format.weight_bits in widths)
 
     def _widths(self) -> tuple[int, ...]:
         stored = self._target.weights.stored_bits

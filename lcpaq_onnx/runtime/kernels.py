@@ -25,6 +25,8 @@ _INTEGER = frozenset(
 _FLOAT = frozenset(
     ["Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "NhwcFusedConv"]
 )
+# Copies rows of a table; a planned one keeps its name.
+_LOOKUP = "Gather"
 # What its optimisers append to the name of a node they replace.
 _SUFFIX = re.compile(r"(/MatMulAddFusion)?(_token_\d+)?(_nhwc|_nchwc)?")
 # How far behind a layer a fused operator may take its name from: bias, activation, residual addition.
@@ -83,7 +85,7 @@ def realised_kernels(optimized: WrittenModel, emitted: WrittenModel, layers: Map
     weight it alone reads, else by a tensor that it or what fuses with it writes. What is ambiguous is not found.
     """
     candidates = [node for node in optimized.nodes if node.op in _INTEGER or node.op in _FLOAT]
-    found: dict[str, WrittenNode] = {}
+    found = {node.name: node for node in optimized.nodes if node.op == _LOOKUP and node.name in layers}
     _match(found, candidates, layers, {name: (name,) for name in layers})
     _match_weights(found, candidates, layers)
     _match(found, candidates, layers, {name: _written_names(emitted, name) for name in layers}, by_output=True)

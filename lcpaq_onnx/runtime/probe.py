@@ -36,7 +36,9 @@ _BEYOND = 1e9
 
 @dataclass(frozen=True, eq=False)
 class LinearLayer:
-    """The layer whose raw output the start is. ``by_sample``: rows of its input stand sample by sample in a batch."""
+    """The layer whose raw output the start is. ``by_sample``: rows of its input stand sample by sample in a batch.
+    ``errors``: by which its weight moves when it is rounded.
+    """
 
     name: str
     op: str
@@ -45,6 +47,7 @@ class LinearLayer:
     weight: Float
     channel_axis: int | None
     by_sample: bool
+    errors: Mapping[Rounding, Float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +114,14 @@ def joined(parts: Sequence[ProbeResult]) -> ProbeResult:
         np.concatenate([part.loss for part in parts]),
         np.concatenate([part.squared_error for part in parts]),
         np.concatenate([part.draw for part in parts]),
-        np.concatenate([part.embedding for part in parts]),
+        _equally_long([part.embedding for part in parts]),
     )
+
+
+def _equally_long(embeddings: Sequence[Float]) -> Float:
+    """All rows, with zeros behind the shorter ones: outputs of unlike shapes. Inner products stay."""
+    longest = max(rows.shape[1] for rows in embeddings)
+    return np.concatenate([np.pad(rows, ((0, 0), (0, longest - rows.shape[1]))) for rows in embeddings])
 
 
 def run_probes(job: ProbeJob) -> tuple[tuple[ProbeResult, ...], ...]:
@@ -147,8 +156,7 @@ class _Mover:
     def result(self, behind: _Behind, batch: StartBatch, direction: WeightDirection) -> ProbeResult:
         x, y = batch.floats(self.layer.input), batch.floats(self.start)
         if isinstance(direction, Rounding):
-            error = direction.error(self.layer.weight, self.layer.channel_axis)
-            return behind(batch, y + self.respond(x, error[None]), embed=True)
+            return behind(batch, y + self.respond(x, self.layer.errors[direction][None]), embed=True)
         if not self.layer.by_sample:
             # All rows move together, so the whole batch shares one draw.
             v = direction.draws(self.probe, self.layer.name, batch.numbers[:1])

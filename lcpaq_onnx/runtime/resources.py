@@ -21,6 +21,7 @@ __all__ = ["Execution", "Resources"]
 
 _MOST_CACHE_BYTES = 512 << 20
 _MOST_BATCH_BYTES = 128 << 20
+_MOST_CARRIED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Resources:
     def batch_bytes(self) -> int:
         """For all tensors of one batch: each worker and the run that fills the cache has one."""
         return min(_MOST_BATCH_BYTES, self._memory_bytes // (3 * (self.workers.count + 1)))
+
+    @cached_property
+    def carried_bytes(self) -> int:
+        """For what samples carry from layer to layer while weights are rounded one after the other."""
+        return min(_MOST_CARRIED_BYTES, self._memory_bytes // 2)
 
     @property
     def probe_options(self) -> SessionOptions:

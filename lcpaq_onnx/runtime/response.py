@@ -16,7 +16,7 @@ Float = NDArray[np.float32]
 
 
 class LayerResponse:
-    """δ∗x of one layer (Conv, ConvTranspose, Gemm, MatMul); linear, so it is exact for any size of δ."""
+    """δ∗x of one layer (Conv, ConvTranspose, Gemm, MatMul, Gather); linear, so it is exact for any size of δ."""
 
     def __init__(
         self,
@@ -29,11 +29,13 @@ class LayerResponse:
         self._product_session: Session | None = None
 
     def __call__(self, x: Float, v: Float) -> Float:
-        """``x``: the layer's input, samples on axis 0. ``v``: [draws, *weight shape]; draws divide the samples and
-        consecutive samples share one. Returns the change of the layer's output, without bias.
+        """``x``: the layer's input (of Gather the indices), samples on axis 0. ``v``: [draws, *weight shape]; draws
+        divide the samples and consecutive samples share one. Returns the change of the layer's output, without bias.
         """
         if self._op in ("Gemm", "MatMul"):
             return self._product(x, v)
+        if self._op == "Gather":
+            return _looked_up(x.astype(np.int64), v)
         draws = len(v)
         each = len(x) // draws
         channels, extents = x.shape[1], x.shape[2:]
@@ -73,3 +75,10 @@ class LayerResponse:
             model = grouped_response_model(self._op, self._attrs, rank, draws)
             self._sessions[key] = Session(model, self._options)
         return self._sessions[key]
+
+
+def _looked_up(indices: NDArray[np.int64], tables: Float) -> Float:
+    """Rows of each table that its share of ``indices`` picks."""
+    if len(tables) == 1:
+        return np.asarray(tables[0][indices], np.float32)
+    return np.concatenate([table[part] for table, part in zip(tables, np.split(indices, len(tables)), strict=True)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
@@ -13,6 +15,7 @@ from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.signature import Kind
 
 __all__ = [
+    "EXECUTED_BITS",
     "MODE",
     "Executed",
     "FormatRates",
@@ -27,10 +30,16 @@ __all__ = [
     "Weights",
 ]
 
-Executed = Literal["f32", "f16", "int16", "int8", "int4"]
+Executed = Literal["f32", "f16", "int16", "int8", "int4", "nbits2", "nbits4", "nbits8"]
 # One flat Literal: a union would show up in the locations of pydantic's errors.
-LayerMode = Literal["f32", "f16", "int16", "int8", "int4", "illegal"]
-MODE = re.compile(r"weight-only|a\d+")
+LayerMode = Literal["f32", "f16", "int16", "int8", "int4", "nbits", "illegal"]
+MODE = re.compile(r"weight-only(-b(?P<block>\d+))?|a\d+")
+
+EXECUTED_BITS: Mapping[str, int] = MappingProxyType(
+    {"f32": 32, "f16": 16, "int16": 16, "int8": 8, "int4": 4, "nbits2": 8, "nbits4": 8, "nbits8": 8}
+)
+"""Bits of the products. A kernel for n-bit blocks (``nbits…``) widens them to 8 bits and rounds its float input to
+8 bits, block by block, while it runs."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -78,6 +87,8 @@ class Quirk(str, Enum):
     """DequantizeLinear before Gather converts the whole table at every inference; gather integers instead."""
     WEIGHT_ONLY_MATMUL_REQUANTIZES = "weight-only-matmul-requantizes-activations"
     """A MatMul with dequantized weights becomes a kernel that rounds activations to 8 bits."""
+    INT2_BLOCKS_NEED_FOUR_COLUMNS = "int2-blocks-wrong-unless-columns-divide-by-four"
+    """Blocks of 2 bits give wrong results without an error for a matrix [K, N] with an N that 4 does not divide."""
 
 
 class FrozenModel(BaseModel):
@@ -106,20 +117,23 @@ class Weights(FrozenModel):
 
 class StorageRule(FrozenModel):
     """A way to write weights of ``bits`` into the file: plain (an integer constant), cast (a sub-byte constant and a
-    Cast), packed-bytes (uint8 and bit operations folded at load). Earlier rules are preferred."""
+    Cast), packed-bytes (uint8 and bit operations folded at load). Earlier rules are preferred. ``block``: the rule is
+    for scales of blocks of that many, which are plain constants of their own width behind a DequantizeLinear."""
 
     expression: Literal["plain", "cast", "packed-bytes"]
     bits: tuple[Bits, ...]
+    block: PositiveInt | None = None
     min_opset: PositiveInt
     min_ir: PositiveInt
 
 
 class OperatorRule(FrozenModel):
     """``layers``: with constant weights, activation mode (``weight-only``, ``a8``, …) → what the kernel computes in, or
-    ``illegal``. ``integer``: without, activation bits that run in an integer kernel; ``only_if``: attribute values
-    this needs. ``per_channel``: None means as in ``weights``. ``explicit``: activation bits whose integers the operator
-    moves when it is written between them itself, because the runtime does not take Q/DQ off it. ``float_output``: the
-    integer kernel of a layer can write float, so nothing need be quantized behind it."""
+    ``illegal``; ``weight-only-b32`` is a matrix [K, N] with scales for blocks of 32 along K. ``integer``: without,
+    activation bits that run in an integer kernel; ``only_if``: attribute values this needs. ``per_channel``: None means
+    as in ``weights``. ``explicit``: activation bits whose integers the operator moves when it is written between them
+    itself, because the runtime does not take Q/DQ off it. ``float_output``: the integer kernel of a layer can write
+    float, so nothing need be quantized behind it."""
 
     layers: dict[str, LayerMode] = {}
     integer: tuple[Bits, ...] = ()

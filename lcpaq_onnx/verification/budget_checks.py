@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from lcpaq_onnx.budget import Budget
 from lcpaq_onnx.planning.plan import Plan, Predicted
-from lcpaq_onnx.verification.report import Check, Totals
+from lcpaq_onnx.verification.report import BitSummary, Check, Totals
 
 __all__ = ["budget_checks"]
 
@@ -15,16 +15,20 @@ __all__ = ["budget_checks"]
 _SLACK = 1e-9
 
 
-def budget_checks(plan: Plan, measured: Totals, speedup: float | None) -> list[Check]:
-    """One check for each budget. Size and error must hold as predicted and as measured; a latency budget as predicted,
-    since another machine than the target may have measured; bit operations and memory are predicted only.
+def budget_checks(plan: Plan, measured: Totals, speedup: float | None, bits: BitSummary | None) -> list[Check]:
+    """One check for each budget. Size, bits and error must hold as predicted and as measured; a latency budget as
+    predicted, since another machine than the target may have measured; bit operations and memory are predicted only.
     """
-    return [_check(Budget.parse(text), plan.predicted, measured, speedup) for text in plan.budgets]
+    return [_check(Budget.parse(text), plan.predicted, measured, speedup, bits) for text in plan.budgets]
 
 
-def _check(budget: Budget, predicted: Predicted, measured: Totals, speedup: float | None) -> Check:
+def _check(
+    budget: Budget, predicted: Predicted, measured: Totals, speedup: float | None, bits: BitSummary | None
+) -> Check:
     if budget.dimension == "error":
         return _error(budget, predicted, measured)
+    if budget.dimension == "bits":
+        return _bits(budget, predicted, bits)
     seen, whole = {
         "size": (float(predicted.size_bytes), float(predicted.float_size_bytes)),
         "latency": (predicted.latency_us, predicted.float_latency_us),
@@ -55,6 +59,16 @@ def _error(budget: Budget, predicted: Predicted, measured: Totals) -> Check:
         met = met and factor * found <= budget.limit
         detail += f", measured {factor * found:.3g}{unit}"
     return Check(name="budget-error", passed=met, detail=detail)
+
+
+def _bits(budget: Budget, predicted: Predicted, found: BitSummary | None) -> Check:
+    """``found`` is counted from what stands in the file."""
+    met = predicted.stored_bits <= budget.limit * (1 + _SLACK)
+    detail = f"{budget}: predicted {predicted.stored_bits:.4g}"
+    if found is not None:
+        met = met and found.stored <= budget.limit * (1 + _SLACK)
+        detail += f", measured {found.stored:.4g}"
+    return Check(name="budget-bits", passed=met, detail=detail)
 
 
 def _limit(budget: Budget, whole: float) -> float:

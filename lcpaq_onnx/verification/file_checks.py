@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lcpaq_onnx.graph.emit import isolated_name
+from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.stored import StoredWeight, stored_weight
 from lcpaq_onnx.graph.written import WrittenModel, WrittenNode, check_file
 from lcpaq_onnx.planning.plan import ActivationPlan, LayerPlan, Plan
@@ -83,7 +84,9 @@ def _weights(model: WrittenModel, plan: Plan) -> Iterable[str]:
 
 def _layer(model: WrittenModel, layer: LayerPlan) -> str:
     node = model.by_name.get(layer.name)
-    if node is None or node.op != layer.op or layer.weight not in node.inputs:
+    # Rows of a table are picked from its integers.
+    names = (layer.weight, f"{layer.weight}/q") if facts_of(layer.op).looks_up else (layer.weight,)
+    if node is None or node.op != layer.op or not any(name in node.inputs for name in names):
         return f"no {layer.op} of that name that reads '{layer.weight}'"
     stored = stored_weight(model, layer.weight)
     if stored is None:
@@ -102,12 +105,13 @@ def _stored(layer: LayerPlan, stored: StoredWeight) -> str:
         return f"planned {layer.storage}, stored {stored.storage}"
     if stored.bits != format.bits and not (layer.storage == "plain" and stored.fits(format.qmin, format.qmax)):
         return f"planned {format.bits} bits, stored {stored.bits}"
-    if not stored.is_along(format.axis):
+    if not stored.has_scales_of(format):
         where = "one scale" if format.axis is None else f"a scale per index of axis {format.axis}"
+        where = where if format.block is None else f"a scale per block of {format.block} along axis {format.axis}"
         return f"planned {where}, stored scales of shape {list(stored.scale_shape)}"
-    if stored.with_scale_only != layer.layer_format.is_weight_only:
-        return "planned weight only" if layer.layer_format.is_weight_only else "planned a DequantizeLinear"
-    if not (stored.with_scale_only or stored.has_zero_point):
+    if stored.with_scale_only != layer.layer_format.is_folded:
+        return "planned weight only" if layer.layer_format.is_folded else "planned a DequantizeLinear"
+    if not (stored.with_scale_only or stored.has_zero_point or stored.block):
         return "no zero point behind its DequantizeLinear"
     return ""
 

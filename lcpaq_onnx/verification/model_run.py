@@ -14,11 +14,11 @@ from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.runtime.calibration import CalibrationData, is_batchable
 from lcpaq_onnx.runtime.kernels import Realisation, open_observed, realised_kernels
 from lcpaq_onnx.runtime.session import Session, SessionOptions
-from lcpaq_onnx.runtime.stopwatch import PairedTiming, time_pair
+from lcpaq_onnx.runtime.stopwatch import PairedTiming, time_once_each, time_pair
 from lcpaq_onnx.tables import Sensitivity
 from lcpaq_onnx.targets.target import Target
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
-from lcpaq_onnx.verification.report import Check, LatencyMeasure, Totals
+from lcpaq_onnx.verification.report import FLOAT_BITS, INTEGER_BITS, Check, LatencyMeasure, Totals
 from lcpaq_onnx.verification.run_checks import fusion_check, kernel_checks, macs_of
 from lcpaq_onnx.verification.teacher import Answers, reference_of, tensor_outputs
 
@@ -30,13 +30,13 @@ __all__ = ["Known", "ModelRun", "VerifyJob", "VerifyOptions", "run_model"]
 _FEW_SAMPLES = 4
 _MOST_SAMPLES = 64
 _BATCH = 16
-_INTEGER_BITS, _FLOAT_BITS = 8, 32
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
     """``samples``: calibration samples for the measured error; None: all where the plan has an error budget, else at
-    most 64. ``timing_s``: seconds for the paired timing, 0 for none. ``threads``: of all sessions.
+    most 64. ``timing_s``: seconds for the paired timing, and as many for loading, 0 for none. ``threads``: of all
+    sessions.
     """
 
     samples: int | None = None
@@ -132,9 +132,10 @@ def _measure(
     macs = macs_of(job.emitted, job.written, job.plan, first) if macs is None else macs
     kernels = kernel_checks(job.plan, realisation, job.written, macs)
     is_target = job.target.runtime.name == "onnxruntime"
-    timing = None
+    timing = load_ms = None
     if job.options.timing_s > 0:
         timing = time_pair(lambda: reference.run(first, names), lambda: session.run(first, names), job.options.timing_s)
+        load_ms = _load_ms(job)
     return ModelRun(
         checks=(
             Check(name="loads-and-runs", passed=True, detail=f"{error.samples} calibration samples"),
@@ -147,6 +148,7 @@ def _measure(
         else tuple(f"in ONNX Runtime, which is not the target: {c.detail}" for c in kernels if not c.passed),
         measured=Totals(
             latency_us=timing.second_median_us if timing else None,
+            load_ms=load_ms[1] if load_ms else None,
             bops=_bops(realisation, macs),
             loss=error.loss,
             loss_stderr=error.loss_stderr,
@@ -155,7 +157,8 @@ def _measure(
         ),
         float_measured=Totals(
             latency_us=timing.first_median_us if timing else None,
-            bops=float(sum(macs.values()) * _FLOAT_BITS**2),
+            load_ms=load_ms[0] if load_ms else None,
+            bops=float(sum(macs.values()) * FLOAT_BITS**2),
         ),
         latency=_latency(timing) if timing else None,
         realisation=realisation,
@@ -178,9 +181,23 @@ def _error(
     return measure_error(session, answers, compare), compare, loss_name
 
 
+def _load_ms(job: VerifyJob) -> tuple[float, float]:
+    """Of the float and of the emitted model, each from the form it is given in."""
+    options = SessionOptions(threads=job.options.threads)
+    base_dir = None if isinstance(job.original, Path) else job.known.base_dir
+
+    def original() -> None:
+        Session(job.original, options, base_dir=base_dir)
+
+    def emitted() -> None:
+        Session(job.emitted, options)
+
+    return time_once_each(original, emitted, job.options.timing_s)
+
+
 def _bops(realisation: Realisation, macs: Mapping[str, int]) -> float:
     """Bit operations of the kernels that really run: integer ones multiply 8 × 8 bits, all others 32 × 32."""
-    bits = {name: _INTEGER_BITS if realisation.is_integer(name) else _FLOAT_BITS for name in macs}
+    bits = {name: INTEGER_BITS if realisation.is_integer(name) else FLOAT_BITS for name in macs}
     return float(sum(count * bits[name] ** 2 for name, count in macs.items()))
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcpaq_onnx.errors import LcpaqError, UsageError
+from lcpaq_onnx.formats import LayerFormat
 from lcpaq_onnx.planning.plan import Proof
 from lcpaq_onnx.tables import Sensitivity
+from lcpaq_onnx.targets.schema import EXECUTED_BITS
 
 __all__ = [
+    "FLOAT_BITS",
+    "INTEGER_BITS",
     "ActivationRow",
+    "BitSummary",
     "Check",
     "Environment",
     "KernelSummary",
@@ -21,9 +27,15 @@ __all__ = [
     "ModelFile",
     "Report",
     "Totals",
+    "executed_bits",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
+
+INTEGER_BITS, FLOAT_BITS = 8, 32
+"""Of the products of ONNX Runtime's kernels."""
+
+Raw = dict[str, object]
 
 
 class _Frozen(BaseModel):
@@ -59,12 +71,14 @@ class Totals(_Frozen):
     """Figures of one model; None: not measured or does not apply.
 
     ``relative_error``: root mean square error over the output's range. ``agreement``: share of samples whose decision
-    is the float model's (class scores only). ``latency_us``: one sample, median. ``bops``: multiply-accumulates ×
-    weight bits × activation bits, as executed.
+    is the float model's (class scores only). ``latency_us``: one sample, median. ``load_ms``: from the file to a ready
+    session, packed weights unpacked; least of a few. ``bops``: multiply-accumulates × weight bits × activation bits, as
+    executed.
     """
 
     size_bytes: int | None = None
     latency_us: float | None = None
+    load_ms: float | None = None
     bops: float | None = None
     peak_memory_bytes: int | None = None
     loss: float | None = None
@@ -104,9 +118,21 @@ class KernelSummary(_Frozen):
         return self.integer_layers / self.layers if self.layers else 0.0
 
 
+class BitSummary(_Frozen):
+    """Means over the layers. ``stored``: bits of a weight in the file, ``stored_in_all`` with scales, biases and the
+    nodes that restore them (those that layers share apart). ``executed``: bits that a multiplication runs in, over all
+    of them; over layers where none multiplies.
+    """
+
+    stored: float
+    stored_in_all: float
+    executed: float
+
+
 class LayerRow(_Frozen):
     """One layer. ``executed``: planned; ``kernel``: the operator that ONNX Runtime ran (empty: not found);
-    ``float_reason``: why it did not run in integer (empty: it did). ``size_bytes`` is the plan's.
+    ``float_reason``: why it did not run in integer (empty: it did). ``stored_bits``: of a weight in the file;
+    ``executed_bits``: of its products in that kernel, else as planned. ``size_bytes`` is the plan's.
     """
 
     name: str
@@ -117,12 +143,21 @@ class LayerRow(_Frozen):
     is_integer: bool
     float_reason: str
     storage: str
+    stored_bits: int
+    executed_bits: int
     parameters: int
     size_bytes: int
     macs: int
     loss: float
     loss_stderr: float
     reason: str
+
+
+def executed_bits(executed: str, kernel: str, *, is_integer: bool) -> int:
+    """Bits of the products: in the kernel that ran, else (``kernel`` empty) in what was planned to be executed."""
+    if not kernel:
+        return EXECUTED_BITS.get(executed, FLOAT_BITS)
+    return INTEGER_BITS if is_integer else FLOAT_BITS
 
 
 class ActivationRow(_Frozen):
@@ -163,6 +198,7 @@ class Report(_Frozen):
     float_measured: Totals
     latency: LatencyMeasure | None
     kernels: KernelSummary | None
+    bits: BitSummary | None = None
     checks: tuple[Check, ...]
     warnings: tuple[str, ...]
     layers: tuple[LayerRow, ...]
@@ -191,11 +227,13 @@ class Report(_Frozen):
         except json.JSONDecodeError as error:
             raise UsageError(f"{source} is not JSON: {error}", hint="write it with `lcpaq verify`") from error
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA:
-            message = f"{source} has report schema {version!r}, this lcpaq reads {SCHEMA}"
+        reader = _READERS.get(version) if isinstance(version, int) and not isinstance(version, bool) else None
+        if reader is None:
+            known = " or ".join(map(str, _READERS))
+            message = f"{source} has report schema {version!r}, this lcpaq reads {known}"
             raise UsageError(message, hint="write it again with `lcpaq verify`")
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(reader(data))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -208,3 +246,29 @@ class Report(_Frozen):
             return cls.from_json(Path(path).read_text(encoding="utf-8"), source=str(path))
         except OSError as error:
             raise LcpaqError(f"{path}: {error.strerror}", hint="give the path of a .report.json file") from error
+
+
+def _as_written(data: Raw) -> Raw:
+    return data
+
+
+def _from_schema_1(data: Raw) -> Raw:
+    """It had neither load times nor bits: those of layers follow from the formats, means are left out."""
+    rows = data.get("layers")
+    layers = [_with_bits(row) for row in rows] if isinstance(rows, list) else rows
+    return data | {"schema_version": SCHEMA, "layers": layers}
+
+
+def _with_bits(row: object) -> object:
+    if not isinstance(row, dict):
+        return row
+    try:
+        stored = LayerFormat.parse(str(row.get("format"))).weight_bits or FLOAT_BITS
+    except UsageError:
+        return row
+    executed = executed_bits(str(row.get("executed")), str(row.get("kernel")), is_integer=bool(row.get("is_integer")))
+    return row | {"stored_bits": stored, "executed_bits": executed}
+
+
+# A later schema gets a reader of its own; this dispatch is what keeps old files loading.
+_READERS: Mapping[int, Callable[[Raw], Raw]] = {1: _from_schema_1, SCHEMA: _as_written}

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from statistics import fmean
 
-from lcpaq_onnx.graph.stored import stored_weight
+from lcpaq_onnx.graph.stored import StoredWeight, stored_weight
 from lcpaq_onnx.graph.written import WrittenModel
 from lcpaq_onnx.planning.plan import LayerPlan, Plan
 from lcpaq_onnx.runtime.kernels import Realisation
-from lcpaq_onnx.verification.report import ActivationRow, KernelSummary, LayerRow
+from lcpaq_onnx.verification.report import (
+    FLOAT_BITS,
+    ActivationRow,
+    BitSummary,
+    KernelSummary,
+    LayerRow,
+    executed_bits,
+)
 from lcpaq_onnx.verification.run_checks import why_float
 
-__all__ = ["activation_rows", "kernel_summary", "layer_rows"]
+__all__ = ["activation_rows", "bit_summary", "kernel_summary", "layer_rows"]
 
 
 def kernel_summary(plan: Plan, realisation: Realisation | None, macs: Mapping[str, int]) -> KernelSummary | None:
@@ -35,6 +43,20 @@ def layer_rows(
 ) -> tuple[LayerRow, ...]:
     """One row for each planned layer, in the plan's order."""
     return tuple(_layer(layer, written, realisation, macs) for layer in plan.layers)
+
+
+def bit_summary(plan: Plan, rows: tuple[LayerRow, ...]) -> BitSummary | None:
+    """None where there are no weights. A weight that layers share counts once; the first of them pays for it."""
+    first = {layer.weight: row for layer, row in reversed(list(zip(plan.layers, rows, strict=True)))}
+    parameters = sum(row.parameters for row in first.values())
+    if not parameters:
+        return None
+    macs = [row.macs for row in rows]
+    return BitSummary(
+        stored=sum(row.parameters * row.stored_bits for row in first.values()) / parameters,
+        stored_in_all=8 * sum(row.size_bytes for row in rows) / parameters,
+        executed=fmean([row.executed_bits for row in rows], weights=macs if sum(macs) else None),
+    )
 
 
 def activation_rows(plan: Plan) -> tuple[ActivationRow, ...]:
@@ -69,6 +91,10 @@ def _layer(
         is_integer=kernel is not None and kernel.is_integer,
         float_reason="not run" if realisation is None else why_float(layer, realisation, written),
         storage=layer.storage,
+        stored_bits=_stored_bits(layer, stored),
+        executed_bits=executed_bits(
+            layer.executed, "" if kernel is None else kernel.op, is_integer=kernel is not None and kernel.is_integer
+        ),
         parameters=0 if stored is None else prod(stored.shape),
         size_bytes=layer.size_bytes,
         macs=macs.get(layer.name, 0),
@@ -76,3 +102,10 @@ def _layer(
         loss_stderr=layer.loss_stderr,
         reason=layer.reason,
     )
+
+
+def _stored_bits(layer: LayerPlan, stored: StoredWeight | None) -> int:
+    """As found in the file; as planned where it is stored in no way that is known."""
+    if stored is not None:
+        return stored.bits
+    return FLOAT_BITS if layer.weight_format == "f32" else layer.qformat.bits

@@ -13,8 +13,8 @@ __all__ = ["render_text"]
 
 _LEAST_WIDTH = 100
 # Below it the layer table leaves out the columns that say least, and shortens names further.
-_FULL_WIDTH = 128
-_LEFT_OUT = ("storage", "params")
+_FULL_WIDTH = 132
+_LEFT_OUT = ("bits", "storage", "params")
 _NAME_WIDTH, _SHORT_NAME_WIDTH = 30, 22
 _ACTIVATION_NAME_WIDTH = 44
 _MOST_ACTIVATIONS = 8
@@ -66,6 +66,13 @@ def _headline(report: Report) -> list[str]:
         change = f"{_times(timing.speedup)} faster" if timing.speedup >= 1 else f"{_times(1 / timing.speedup)} SLOWER"
         before, after = _time(timing.float_median_us), _time(timing.median_us)
         lines.append(f"  speed    {change}: {before} -> {after} per sample")
+    if (load_ms := report.measured.load_ms) is not None and (before_ms := report.float_measured.load_ms) is not None:
+        lines.append(f"  load     {_time(before_ms * 1000)} -> {_time(load_ms * 1000)}")
+    if bits := report.bits:
+        lines.append(
+            f"  bits     {bits.stored:.2f} stored for a weight ({bits.stored_in_all:.2f} with its scale and nodes),"
+            f" {bits.executed:.3g} executed"
+        )
     if report.measured.relative_error is not None:
         kept = report.measured.agreement
         decisions = f", {kept:.1%} of decisions kept" if kept is not None else ""
@@ -114,7 +121,7 @@ def _ratio_row(report: Report, title: str, field: str, show: Callable[[float], s
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 def _layers(report: Report, width: int) -> list[str]:
-    titles = ("layer", "op", "format", "kernel", "storage")
+    titles = ("layer", "op", "format", "bits", "kernel", "storage")
     numbers = ("params", "bytes", "MMACs", "loss", "")
     columns = [*(Column(t) for t in titles), *(Column(t, right=True) for t in numbers), Column("why")]
     is_full = width >= _FULL_WIDTH
@@ -125,6 +132,7 @@ def _layers(report: Report, width: int) -> list[str]:
         columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     formats = Counter(row.format for row in report.layers)
     summary = ", ".join(f"{count} x {format}" for format, count in sorted(formats.items()))
+    summary += "; bits: stored/executed" if is_full else ""
     return [*_wrap(f"Layers: {summary}", width, "  "), *table_lines(columns, rows, width=width, total=True)]
 
 
@@ -135,6 +143,7 @@ def _layer(row: LayerRow, name_width: int) -> list[str]:
         shorten(row.name, name_width),
         row.op,
         row.format,
+        f"{row.stored_bits}/{row.executed_bits}",
         kernel,
         row.storage,
         f"{row.parameters:,}",
@@ -151,7 +160,7 @@ def _layer_total(report: Report) -> list[str]:
     loss, stderr = sum(row.loss for row in rows), sum(row.loss_stderr**2 for row in rows) ** 0.5
     return [
         f"{len(rows)} layers",
-        *[""] * 4,
+        *[""] * 5,
         f"{sum(row.parameters for row in rows):,}",
         f"{sum(row.size_bytes for row in rows):,}",
         f"{sum(row.macs for row in rows) / 1e6:.3f}",

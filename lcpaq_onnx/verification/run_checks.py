@@ -9,7 +9,7 @@ import numpy as np
 
 from lcpaq_onnx.graph.layer_macs import layer_macs, shape_probe
 from lcpaq_onnx.graph.ops import facts_of
-from lcpaq_onnx.graph.written import WrittenModel
+from lcpaq_onnx.graph.written import WrittenModel, WrittenNode
 from lcpaq_onnx.numeric.losses import OutputScaleStream, agreement, relative_squared_error
 from lcpaq_onnx.planning.plan import LayerPlan, Plan
 from lcpaq_onnx.runtime.calibration import Feed
@@ -52,7 +52,7 @@ def fusion_check(expected: Outputs, fused: Outputs, unfused: Outputs, *, decides
 
 def kernel_checks(plan: Plan, realisation: Realisation, emitted: WrittenModel, macs: Mapping[str, int]) -> list[Check]:
     """Do layers planned in integer run in integer kernels, and layers planned in float in float ones?"""
-    planned = [layer for layer in plan.layers if layer.executed.startswith("int")]
+    planned = [layer for layer in plan.layers if _is_planned_integer(layer)]
     missed = [layer for layer in planned if not realisation.is_integer(layer.name)]
     silent = [layer for layer in plan.layers if layer not in planned and realisation.is_integer(layer.name)]
     total = sum(macs.values())
@@ -75,7 +75,7 @@ def why_float(layer: LayerPlan, realisation: Realisation, emitted: WrittenModel)
     if realisation.is_integer(layer.name):
         return ""
     kernel = realisation.kernels.get(layer.name)
-    if layer.executed.startswith("int"):
+    if _is_planned_integer(layer):
         seen = "not found in the optimised graph" if kernel is None else f"runs as {_in_words(kernel)}"
         return f"planned {layer.executed}, but {seen}: {_obstacle(layer, emitted)}"
     slow = ", weights dequantized at every run" if kernel is not None and kernel.dequantizes_weight else ""
@@ -91,6 +91,11 @@ def macs_of(path: Path, model: WrittenModel, plan: Plan, feed: Feed) -> dict[str
     return layer_macs(model, layers, {name: tuple(value.shape) for name, value in values.items()})
 
 
+def _is_planned_integer(layer: LayerPlan) -> bool:
+    """Whether its kernel is to multiply integers; one for n-bit blocks makes them of its float input itself."""
+    return layer.executed.startswith(("int", "nbits"))
+
+
 def _in_words(kernel: Kernel) -> str:
     return f"float {kernel.op}" + (" behind DequantizeLinear" if kernel.dequantizes_weight else "")
 
@@ -100,6 +105,8 @@ def _obstacle(layer: LayerPlan, emitted: WrittenModel) -> str:
     node = emitted.by_name.get(layer.name)
     if node is None:
         return "the file has no such node"
+    if layer.layer_format.block is not None:
+        return _block_obstacle(emitted, node)
     if (writer := emitted.producers.get(node.inputs[0])) is None or writer.op != "DequantizeLinear":
         return "its input is not quantized"
     if len(writer.inputs) < 3:
@@ -108,6 +115,15 @@ def _obstacle(layer: LayerPlan, emitted: WrittenModel) -> str:
         return "the scale of its bias is not float32(input scale × weight scale)"
     if not _is_quantized(emitted, node.outputs[0]):
         return "its output is not quantized"
+    return "this version of ONNX Runtime has no kernel for it"
+
+
+def _block_obstacle(emitted: WrittenModel, node: WrittenNode) -> str:
+    writer = emitted.producers.get(node.inputs[0])
+    if writer is not None and writer.op == "DequantizeLinear":
+        return "its input is quantized"
+    if _is_quantized(emitted, node.outputs[0]):
+        return "its output is quantized"
     return "this version of ONNX Runtime has no kernel for it"
 
 

@@ -18,7 +18,7 @@ from lcpaq_onnx.verification.budget_checks import budget_checks
 from lcpaq_onnx.verification.file_checks import file_checks
 from lcpaq_onnx.verification.model_run import Known, ModelRun, VerifyJob, VerifyOptions, run_model
 from lcpaq_onnx.verification.report import Environment, ModelFile, Report, Totals
-from lcpaq_onnx.verification.report_rows import activation_rows, kernel_summary, layer_rows
+from lcpaq_onnx.verification.report_rows import activation_rows, bit_summary, kernel_summary, layer_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -51,7 +51,10 @@ def verify(
     checks = file_checks(emitted, written, source, plan, target)
     run = run_model(VerifyJob(original, emitted, written, data, plan, target, loss, options, known))
     measured = run.measured.model_copy(update={"size_bytes": written.size_bytes})
-    checks += [*run.checks, *budget_checks(plan, measured, run.latency.speedup if run.latency else None)]
+    layers = layer_rows(plan, written, run.realisation, run.macs)
+    bits = bit_summary(plan, layers)
+    speedup = run.latency.speedup if run.latency else None
+    checks += [*run.checks, *budget_checks(plan, measured, speedup, bits)]
     predicted = plan.predicted
     return Report(
         tool_version=TOOL_VERSION,
@@ -94,9 +97,10 @@ def verify(
         float_measured=run.float_measured.model_copy(update={"size_bytes": source.size_bytes}),
         latency=run.latency,
         kernels=kernel_summary(plan, run.realisation, run.macs),
+        bits=bits,
         checks=tuple(checks),
         warnings=(*run.warnings, *_warnings(plan, run)),
-        layers=layer_rows(plan, written, run.realisation, run.macs),
+        layers=layers,
         activations=activation_rows(plan),
         proof=plan.proof,
         sensitivity=known.sensitivity,

@@ -5,24 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph.graph_io import Graph
-from lcpaq_onnx.graph.query import nodes_by_name
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.directions import Quantizing
 from lcpaq_onnx.numeric.ranges import RangeMethod
-from lcpaq_onnx.numeric.rounding import activation_parameters
 from lcpaq_onnx.tables import ErrorEntry
 
-from .activation_ranges import ActivationRanges
-from .graph_structure import GraphStructure
+from .activation_ranges import ActivationRanges, RangeCandidates
 from .prober import Probe, Prober
+from .quantizing_probes import QuantizingProbes
 
 __all__ = ["ActivationErrors"]
-
-_EIGHT = QFormat(bits=8, signed=False, symmetric=False)
-# f(f(x)) = f(x), and a quantized value stays what it is: put in before the function it comes out behind it.
-_IDEMPOTENT = ("Relu", "Clip")
 
 
 @dataclass(frozen=True)
@@ -36,26 +28,23 @@ class ActivationErrors(Analysis[dict[str, dict[int, ErrorEntry]]]):
     method: RangeMethod = "mse"
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> dict[str, dict[int, ErrorEntry]]:
+        # Ranges are among the answers; asked for together, every suffix is opened once.
+        Prober(graph, analyses, self.samples).measure(self.requests(graph, analyses))
         probes = self.probes(graph, analyses)
         found = Prober(graph, analyses, self.samples).measure(list(probes.values()))
         return {name: _by_bits(found[probe].entry()) for name, probe in probes.items()}
 
+    def requests(self, graph: Graph, analyses: AnalysisManager) -> list[Probe]:
+        """What ``run`` asks for: every range that may be chosen."""
+        probes = QuantizingProbes(graph, analyses)
+        candidates = analyses.get(RangeCandidates(self.method))
+        return [probes.of(name, interval) for name, intervals in candidates.items() for interval in intervals]
+
     def probes(self, graph: Graph, analyses: AnalysisManager) -> dict[str, Probe]:
-        """What ``run`` asks for, by group."""
-        nodes = nodes_by_name(graph)
-        # Behind a layer's own Relu the probe can start at the layer's output, where its weights are probed anyway.
-        layers = analyses.get(GraphStructure).layers
-        shared = {
-            layer.output: layer.raw_output
-            for layer in layers
-            if layer.output != layer.raw_output and nodes[layer.name].outputs[0].outputs[0].op in _IDEMPOTENT
-        }
-        probes = {}
-        for name, interval in analyses.get(ActivationRanges(self.method)).items():
-            scale, zero_point = activation_parameters(interval.low, interval.high, _EIGHT)
-            direction = Quantizing(name, float(scale), zero_point, _EIGHT)
-            probes[name] = Probe(shared.get(name, name), direction)
-        return probes
+        """Of each group, in the chosen range."""
+        probes = QuantizingProbes(graph, analyses)
+        ranges = analyses.get(ActivationRanges(self.method, samples=self.samples))
+        return {name: probes.of(name, interval) for name, interval in ranges.items()}
 
 
 def _by_bits(eight: ErrorEntry) -> dict[int, ErrorEntry]:

@@ -13,9 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
-from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.numeric.ranking import correlation_interval, rank_correlation
 from lcpaq_onnx.runtime.calibration import CalibrationData, Feed, feed_digest, joined_feed, stacks
 from lcpaq_onnx.runtime.session import Session
@@ -25,6 +23,7 @@ from lcpaq_onnx.tables import Audit, ErrorTable
 from .batch_size import BatchSize
 from .graph_structure import GraphStructure
 from .prober import Prober
+from .rounded_weight import RoundedWeight, rounding_of
 from .rounding_errors import WeightEntry
 from .teacher import teacher_of
 
@@ -87,12 +86,10 @@ class RandomPlans(Analysis[tuple[tuple[Widths, float], ...]]):
         batches = [joined_feed(stack) for stack in stacks(feeds, analyses.get(BatchSize))]
         answers = tuple((batch, whole.run(batch, outputs)) for batch in batches)
         layers = {layer.name: layer for layer in analyses.get(GraphStructure).layers}
-        nodes = nodes_by_name(graph)
 
         @cache  # plans of few widths share most of their layers
         def rounded(name: str, bits: int) -> NDArray[np.float32]:
-            weight = weight_values(nodes[name], layers[name])
-            return weight + Rounding(bits).error(weight, layers[name].channel_axis)
+            return analyses.get(RoundedWeight(name, bits, rounding_of(analyses, name, bits).method)).dequantized()
 
         def jobs() -> Iterator[WholeJob]:
             for plan in drawn:

@@ -24,7 +24,8 @@ _ANSWER_BYTES = 64 << 20
 
 @dataclass(frozen=True, eq=False)
 class CalibrationStatistics:
-    """``histograms``: by activation group; groups that hold infinities or NaN are absent. ``loss``: what fits the
+    """``histograms``: by activation group; groups that hold infinities or NaN, or that were empty in all samples (a
+    cache with nothing in it), are absent: they have no range and stay in float. ``loss``: what fits the
     outputs, judged by those of ``answers``. ``answers``: the float model's outputs batch by batch, as long as they fit
     in memory.
     """
@@ -72,6 +73,7 @@ class CalibrationRun(Analysis[CalibrationStatistics]):
                 batch = len(next(iter(feed.values()))) if batch_size > 1 else 1
                 samples += batch
                 advance(batch)
+        histograms = {name: histogram for name, histogram in histograms.items() if histogram.counts.any()}
         output_scale = scale.result()
         loss = fitting_loss(answers, output_scale)
         return CalibrationStatistics(histograms, loss, output_scale, samples, tuple(answers))

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from lcpaq_onnx.errors import TargetError
 from lcpaq_onnx.formats import LayerFormat
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.ops import has_integer_form
 from lcpaq_onnx.graph.query import Layer, Structure, input_channels, nodes_by_name, weight_values
 from lcpaq_onnx.graph.signatures import Shape, signature_of
 from lcpaq_onnx.graph.size_model import SizeModel, StoredLayer
@@ -19,14 +20,14 @@ from lcpaq_onnx.numeric.rounding import can_saturate, round_nearest
 from lcpaq_onnx.provenance import model_metadata
 from lcpaq_onnx.signature import OperatorSignature
 from lcpaq_onnx.tables import Cost, CostTable
+from lcpaq_onnx.targets.schema import EXECUTED_BITS
 from lcpaq_onnx.targets.target import Target
 
+from .block_layers import takes_blocks
 from .graph_structure import GraphStructure
 from .recorded_tensors import RecordedTensors
 
 __all__ = ["CostTables", "SizeModels", "explicit_movers", "stored_layer"]
-
-_EXECUTED_BITS = {"f32": 32, "f16": 16, "int16": 16, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ def explicit_movers(structure: Structure, target: Target) -> frozenset[str]:
     )
 
 
-def stored_layer(layer: Layer, format: LayerFormat, target: Target, storage: dict[int, str]) -> StoredLayer:
+def stored_layer(layer: Layer, format: LayerFormat, target: Target, storage: dict[str, str]) -> StoredLayer:
     """How ``layer`` stands in the file in ``format``."""
     if format.weight_bits is None:
         return StoredLayer()
     return StoredLayer(
-        weight=target.weight_format(layer.op, format.weight_bits, layer.channel_axis),
-        storage=storage[format.weight_bits],
-        with_scale_only=format.is_weight_only,
+        weight=target.weight_format(layer.op, format.weight_bits, layer.channel_axis, block=format.block),
+        storage=storage[format.stored],
+        with_scale_only=format.is_folded,
         integer_bias=layer.bias is not None and target.executed(layer.op, format).startswith("int"),
     )
 
@@ -70,7 +71,9 @@ class CostTables(Analysis[CostTable]):
     """Costs of every legal format at the recorded shapes.
 
     Latency: the target's measured row for that very node, else its roofline. A layer's time covers its fused
-    activation. Bit operations: multiply-accumulates × executed weight bits × executed activation bits (HAWQ-V3).
+    activation. A lookup takes as long in any format: scaling the rows it picks is microseconds (128 rows of 384: 19),
+    and counted it would keep tables of megabytes in float wherever time comes first. Bit operations:
+    multiply-accumulates × executed weight bits × executed activation bits (HAWQ-V3).
     """
 
     name: ClassVar[str] = "cost-table"
@@ -108,8 +111,13 @@ class CostTables(Analysis[CostTable]):
             isolated={
                 layer.name: Cost(size_bytes=sizes.isolated_bytes(layer.name, input_channels(layer, recorded), widest))
                 for layer in structure.layers
+                if not layer.is_lookup
             },
-            unpack={bits: sizes.blob_bytes(bits) for bits, how in storage.items() if how == "packed-bytes"},
+            unpack={
+                bits: sizes.blob_bytes(bits)
+                for bits in target.weights.stored_bits
+                if storage.get(LayerFormat(bits).stored) == "packed-bytes"
+            },
             storage=storage,
             fixed_size_bytes=sizes.fixed_bytes,
             reference=Cost(
@@ -126,29 +134,36 @@ class CostTables(Analysis[CostTable]):
         node: gs.Node,
         shapes: Mapping[str, Shape],
         analyses: AnalysisManager,
-        storage: dict[int, str],
+        storage: dict[str, str],
     ) -> dict[str, Cost]:
         target, sizes = analyses.target, analyses.get(SizeModels)
         signature = signature_of(node, shapes)
         costs = {}
         for format in target.layer_formats(layer.op):
-            if format.weight_bits is not None and format.weight_bits not in storage:
+            if not (format.is_float or format.stored in storage) or not self._counts(layer, format):
                 continue
-            if not self._counts(format):
+            if layer.has_other_readers and not (format.is_float or format.is_folded):
+                continue
+            rank = len(shapes[layer.raw_output])
+            if format.block is not None and not takes_blocks(node, layer, format, rank, target):
                 continue
             executed = target.executed(layer.op, format)
+            if executed.startswith("int") and not has_integer_form(node.op, node.attrs):
+                continue
             if executed == "int8" and target.weights.saturating_pairs and self._saturates(layer, node, format, target):
                 continue
             latency = target.latency(signature, executed)
-            bits = _EXECUTED_BITS[executed]
+            bits = EXECUTED_BITS[executed]
             size = sizes.layer_bytes(layer.name, stored_layer(layer, format, target, storage))
             costs[str(format)] = Cost(size, latency.latency_us, float(signature.macs * bits * bits), latency.source)
         return costs
 
-    def _counts(self, format: LayerFormat) -> bool:
+    def _counts(self, layer: Layer, format: LayerFormat) -> bool:
         if format.is_float:
             return True
         weight_fits = self.weight_bits is None or format.weight_bits in self.weight_bits
+        if layer.is_lookup:
+            return weight_fits
         return weight_fits and (self.activation_bits is None or (format.activation_bits or 32) in self.activation_bits)
 
     def _saturates(self, layer: Layer, node: gs.Node, format: LayerFormat, target: Target) -> bool:
@@ -179,12 +194,14 @@ def _time(target: Target, signature: OperatorSignature, executed: str) -> Cost:
     return Cost(latency_us=latency.latency_us, source=latency.source)
 
 
-def _storage(target: Target, opset: int) -> dict[int, str]:
-    """Stored bits → expression, for the widths that this opset can express."""
-    rules: dict[int, str] = {}
-    for bits in target.weights.stored_bits:
+def _storage(target: Target, opset: int) -> dict[str, str]:
+    """What can be stored at this opset → expression."""
+    rules: dict[str, str] = {}
+    for format in target.stored_formats:
+        assert format.weight_bits is not None
         try:
-            rules[bits] = target.storage_for(bits, opset_max=opset).expression
+            rule = target.storage_for(format.weight_bits, block=format.block, opset_max=opset)
         except TargetError:
             continue
+        rules[format.stored] = rule.expression
     return rules

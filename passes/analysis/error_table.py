@@ -67,7 +67,7 @@ class ErrorTables(Analysis[ErrorTable]):
         requests = [
             *diagonals.requests(analyses),
             *measured.probes(analyses).values(),
-            *activations.probes(graph, analyses).values(),
+            *activations.requests(graph, analyses),
         ]
         Prober(graph, analyses, self.samples).measure(requests)
         layers = [layer.name for layer in analyses.get(GraphStructure).layers]

@@ -17,13 +17,14 @@ from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.graph.subgraph import SuffixExtractor
 from lcpaq_onnx.manager.analysis import AnalysisManager
-from lcpaq_onnx.numeric.directions import BlockSigns, Direction, Quantizing, Signs
+from lcpaq_onnx.numeric.directions import BlockSigns, Direction, Quantizing, Rounding, Signs
 from lcpaq_onnx.runtime.probe import LinearLayer, ProbeJob, ProbeResult, StartBatch, run_probes
 from lcpaq_onnx.runtime.probe_batches import Batch
 from lcpaq_onnx.runtime.session import Session
 
 from .graph_structure import GraphStructure
 from .recorded_tensors import RecordedTensors
+from .rounded_weight import RoundedWeight
 from .teacher import teacher_of
 
 __all__ = ["ProbeRuns"]
@@ -36,7 +37,7 @@ class ProbeRuns:
     """Runs of ``wanted``: start → directions. Directions of weights need a layer's raw output as start."""
 
     def __init__(self, graph: Graph, analyses: AnalysisManager, wanted: Mapping[str, Sequence[Direction]]) -> None:
-        self._graph = graph
+        self._graph, self._analyses = graph, analyses
         self._wanted = wanted
         self._teacher = teacher_of(analyses)
         self._resources = analyses.inputs.resources
@@ -148,14 +149,21 @@ class ProbeRuns:
         if layer is None:
             return None
         node = self._nodes[layer.name]
+        weight = weight_values(node, layer)
         return LinearLayer(
             name=layer.name,
             op=layer.op,
             attrs=dict(node.attrs),
             input=layer.input,
-            weight=weight_values(node, layer),
+            weight=weight,
             channel_axis=layer.channel_axis,
             by_sample=layer.input in by_sample,
+            errors={
+                direction: self._analyses.get(RoundedWeight(layer.name, direction.bits, direction.method)).dequantized()
+                - weight
+                for direction in self._wanted[start]
+                if isinstance(direction, Rounding)
+            },
         )
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.tables import ErrorEntry
 
 from .graph_structure import GraphStructure
 from .prober import Probe, Prober
+from .rounded_weight import rounding_of
 
 __all__ = ["RoundingErrors", "WeightEntry", "every_entry"]
 
@@ -21,7 +21,7 @@ WeightEntry = tuple[str, int]
 
 @dataclass(frozen=True)
 class RoundingErrors(Analysis[dict[WeightEntry, ErrorEntry]]):
-    """Error of each of ``entries``, with the rounding that ``round-weights`` applies.
+    """Error of each of ``entries``, with the rounding that will be applied.
 
     The rounding error δ is a direction like any other: it adds ``δ∗x`` to the layer's output and what follows runs. At
     few bits it is far from the random directions of a Hessian probe, and large enough for higher orders to matter.
@@ -39,7 +39,9 @@ class RoundingErrors(Analysis[dict[WeightEntry, ErrorEntry]]):
     def probes(self, analyses: AnalysisManager) -> dict[WeightEntry, Probe]:
         """What ``run`` asks for, in an order of its own."""
         start = {layer.name: layer.raw_output for layer in analyses.get(GraphStructure).layers}
-        return {(name, bits): Probe(start[name], Rounding(bits)) for name, bits in sorted(self.entries)}
+        return {
+            (name, bits): Probe(start[name], rounding_of(analyses, name, bits)) for name, bits in sorted(self.entries)
+        }
 
 
 def every_entry(analyses: AnalysisManager, bits: tuple[int, ...]) -> frozenset[WeightEntry]:

@@ -18,9 +18,12 @@ __all__ = ["CanonicalNames"]
 # What `lcpaq_onnx.graph.emit` calls the nodes and tensors that it makes for a tensor `t`: `t/` and one of these.
 _RESERVED_PREFIX = "lcpaq/"
 _TENSOR_SUFFIXES = frozenset(
-    ["f", "q", "dq", "q2", "q4", "scale", "zero_point", "q/flat", "q/begin", "q/end", "q/cut", "q/shape"]
+    [
+        *("f", "q", "dq", "q2", "q4", "scale", "zero_point", "q/flat", "q/begin", "q/end", "q/cut", "q/shape"),
+        *("rows", "floats", "scales"),
+    ]
 )
-_NODE_SUFFIXES = frozenset(["Quantize", "Dequantize", "Cast", "Scale", "q/Cast", "q/cut", "q/Reshape"])
+_NODE_SUFFIXES = frozenset(["Quantize", "Dequantize", "Cast", "Scale", "Scales", "q/Cast", "q/cut", "q/Reshape"])
 # A float layer that reads a quantized tensor may get a copy of it, `t/<layer>`, with these of its own.
 _COPY_SUFFIXES = ("/scale", "/zero_point", "/Dequantize")
 

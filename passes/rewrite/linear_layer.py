@@ -12,14 +12,26 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.graph.graph_io import Graph, constant
 from lcpaq_onnx.graph.model import DEFAULT_DOMAINS
-from lcpaq_onnx.graph.ops import facts_of, weight_channel_axis
+from lcpaq_onnx.graph.ops import facts_of
 from lcpaq_onnx.graph.usage import label, why_not_fixed
+from lcpaq_onnx.graph.weight_axes import WeightAxes, weight_axes
 
-__all__ = ["Affine", "Floats", "LinearLayer", "layer_behind", "per_channel"]
+__all__ = [
+    "FLOAT_TYPES",
+    "Affine",
+    "Floats",
+    "LinearLayer",
+    "axes_of_weight",
+    "has_weight",
+    "layer_behind",
+    "per_channel",
+    "rounded",
+]
 
 Floats = NDArray[np.float64]
 
-_FLOAT_TYPES = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+FLOAT_TYPES = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+"""Element types that weights may be rounded to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +46,7 @@ class Affine:
 class LinearLayer:
     """A node with a weight, and for MatMul the Add behind it, if there is one.
 
-    ``channels``: of the output; ``trailing``: axes behind the channel axis; ``rank`` of the output, None if unknown.
+    ``trailing``: axes behind the channel axis; ``rank`` of the output, None if unknown.
     ``returned``: ``id`` of every tensor of ``graph`` that is returned.
     """
 
@@ -42,27 +54,31 @@ class LinearLayer:
     returned: frozenset[int]
     node: gs.Node
     bias_add: gs.Node | None
-    weight: gs.Tensor
-    channels: int
+    weight: gs.Constant
+    axes: WeightAxes
     trailing: int
     rank: int | None
+
+    @property
+    def channels(self) -> int:
+        """Of the output."""
+        return self.axes.outputs
 
     def absorb(self, affine: Affine, bias_name: str) -> str:
         """Move ``affine`` into weight and bias, rounded once, from float64; or the reason why not, and no change.
 
         The weight must have no other reader. A bias that did not exist, or has other readers, becomes ``bias_name``.
         """
-        assert isinstance(self.weight, gs.Constant)
         if not (np.isfinite(affine.scale).all() and np.isfinite(affine.shift).all()):
             return "its scale or shift is not finite"
         dtype = self.weight.dtype
-        bias = self._bias()
+        bias = self.bias()
         if isinstance(bias, str):
             return bias
         if self.bias_is_free and np.any(affine.shift):
             return f"{self.node.op} has no bias that a shift could go into"
-        weight = _rounded(self.weight.values.astype(np.float64) * self._along_weight(affine.scale), dtype)
-        shifted = _rounded(affine.shift + affine.scale * (0.0 if bias is None else bias), dtype)
+        weight = rounded(self.weight.values.astype(np.float64) * self.axes.along_outputs(affine.scale), dtype)
+        shifted = rounded(affine.shift + affine.scale * (0.0 if bias is None else bias), dtype)
         if not (np.isfinite(weight.astype(np.float64)).all() and np.isfinite(shifted.astype(np.float64)).all()):
             return f"the folded weights do not fit {dtype}"
         self.weight.values = weight
@@ -87,8 +103,8 @@ class LinearLayer:
         assert index is not None
         return self.node, index
 
-    def _bias(self) -> Floats | str | None:
-        """Present bias [channels], None if there is none, or why it cannot be used."""
+    def bias(self) -> Floats | str | None:
+        """Present bias [channels], None if there is none, or why it is not one fixed number per channel."""
         if self.bias_is_free:
             return None
         node, index = self._bias_slot()
@@ -119,17 +135,6 @@ class LinearLayer:
             node.inputs.append(gs.Variable.empty())
         node.inputs[index] = constant(name, values)
 
-    def _along_weight(self, scale: Floats) -> Floats:
-        """``scale`` in a shape that multiplies the weight."""
-        shape = tuple(int(extent) for extent in self.weight.shape)
-        axis = weight_channel_axis(self.node.op, self.node.attrs, shape)
-        if axis is not None:
-            return scale.reshape([-1 if position == axis else 1 for position in range(len(shape))])
-        # ConvTranspose-11 with groups, weight [C, M/g, k…]: C/g input channels of a group share its M/g outputs.
-        groups = int(self.node.attrs.get("group", 1))
-        by_group = np.repeat(scale.reshape(groups, -1), shape[0] // groups, axis=0)
-        return by_group.reshape(*by_group.shape, *[1] * (len(shape) - 2))
-
 
 def layer_behind(graph: Graph, writer: gs.Node, returned: frozenset[int]) -> LinearLayer | str | None:
     """The layer that ``writer`` ends, None if it is no layer, or why its weight must stay as it is."""
@@ -144,16 +149,35 @@ def layer_behind(graph: Graph, writer: gs.Node, returned: frozenset[int]) -> Lin
     if facts.weight_input is None or len(node.inputs) <= facts.weight_input:
         return None
     weight = node.inputs[facts.weight_input]
-    reason = _why_weight_stays(graph, node, weight, returned)
-    if reason:
-        return reason
-    shape = tuple(int(extent) for extent in weight.shape)
-    axis = weight_channel_axis(node.op, node.attrs, shape)
-    channels = shape[1] * int(node.attrs.get("group", 1)) if axis is None else shape[axis]
+    axes = axes_of_weight(graph, node, weight, returned)
+    if isinstance(axes, str):
+        return axes
+    assert isinstance(weight, gs.Constant)
+    shape = axes.shape
     # Only the rank of a MatMul depends on its input.
     output_shape = shape if facts.bias_input is not None else node.outputs[0].shape
     rank = None if output_shape is None else len(output_shape)
-    return LinearLayer(graph, returned, node, bias_add, weight, channels, len(shape) - 2, rank)
+    return LinearLayer(graph, returned, node, bias_add, weight, axes, len(shape) - 2, rank)
+
+
+def has_weight(node: gs.Node) -> bool:
+    """Whether ``node`` is a layer: its weight is a constant."""
+    index = facts_of(node.op, node.domain).weight_input
+    return index is not None and len(node.inputs) > index and isinstance(node.inputs[index], gs.Constant)
+
+
+def axes_of_weight(graph: Graph, node: gs.Node, weight: gs.Tensor, returned: frozenset[int]) -> WeightAxes | str:
+    """Channels in the weight of the layer ``node``, or why the weight must stay as it is."""
+    reason = why_not_fixed(graph, weight)
+    if reason:
+        return f"the weight {reason}"
+    if len(weight.outputs) != 1 or id(weight) in returned:
+        others = sorted({label(reader) for reader in weight.outputs} - {label(node)})
+        return f"the weight '{weight.name}' is shared with {', '.join(others) or 'another input'}"
+    if np.dtype(weight.dtype) not in FLOAT_TYPES:
+        return f"the weight '{weight.name}' is {weight.dtype}"
+    axes = weight_axes(node, tuple(int(extent) for extent in weight.shape))
+    return axes or f"the weight '{weight.name}' of shape {list(weight.shape)} has no axis of output channels"
 
 
 def per_channel(tensor: gs.Constant, layer: LinearLayer) -> Floats | None:
@@ -186,20 +210,7 @@ def _biased_matmul(add: gs.Node, returned: frozenset[int]) -> gs.Node | None:
     return node if facts.weight_input is not None and facts.bias_input is None else None
 
 
-def _why_weight_stays(graph: Graph, node: gs.Node, weight: gs.Tensor, returned: frozenset[int]) -> str:
-    reason = why_not_fixed(graph, weight)
-    if reason:
-        return f"the weight {reason}"
-    if len(weight.outputs) != 1 or id(weight) in returned:
-        others = sorted({label(reader) for reader in weight.outputs} - {label(node)})
-        return f"the weight '{weight.name}' is shared with {', '.join(others) or 'another input'}"
-    if np.dtype(weight.dtype) not in _FLOAT_TYPES:
-        return f"the weight '{weight.name}' is {weight.dtype}"
-    if weight_channel_axis(node.op, node.attrs, tuple(weight.shape)) is None and "group" not in node.attrs:
-        return f"the weight '{weight.name}' of shape {list(weight.shape)} has no axis of output channels"
-    return ""
-
-
-def _rounded(values: Floats, dtype: np.dtype[Any]) -> NDArray[Any]:
+def rounded(values: Floats, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """``values`` in ``dtype``; infinite where they do not fit."""
     with np.errstate(over="ignore"):  # float16 overflow is looked for afterwards
         return values.astype(dtype)

@@ -60,7 +60,11 @@ class PackWeights(RewritePass):
 
 
 def _integers(node: gs.Node, layer: LayerPlan) -> gs.Constant:
-    """The int8 constant W/q behind the weight's DequantizeLinear, or behind its Cast and Mul."""
+    """The int8 constant W/q behind the weight's DequantizeLinear, or behind its Cast and Mul; or read as it is."""
+    looked_up = [tensor for tensor in node.inputs if tensor.name == f"{layer.weight}/q"]
+    if looked_up:
+        assert isinstance(looked_up[0], gs.Constant)
+        return looked_up[0]
     (restore,) = weight_of(node, layer).inputs
     tensor = restore.inputs[0]
     if tensor.inputs:

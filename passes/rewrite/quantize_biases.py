@@ -26,7 +26,7 @@ class QuantizeBiases(RewritePass):
 
     Given:   layer(x, W, float bias) with x and W quantized
     Result:  int32 bias/q → DequantizeLinear → bias → layer
-    Kept when the plan leaves the bias in float. Run after ``round-weights``.
+    Kept when the plan leaves the bias in float. Run after the rounding passes.
     """
 
     name: ClassVar[str] = BIAS_PASS
@@ -51,7 +51,7 @@ class QuantizeBiases(RewritePass):
             if np.abs(integers).max(initial=0) > np.iinfo(np.int32).max:
                 raise PassError(
                     f"bias '{bias.name}' of '{layer.name}' overflows int32 at scale {scale.min():.3g}",
-                    hint="run round-weights before quantize-biases, or set bias_format to f32 in the plan",
+                    hint="run round-nearest before quantize-biases, or set bias_format to f32 in the plan",
                 )
             result = constant_to_variable(bias)
             inserted[id(node)] = [dequantize_bias(integers.astype(np.int32), scale, result, self.name)]

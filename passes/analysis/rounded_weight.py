@@ -1,0 +1,64 @@
+"""A layer's weight as it will be stored, for measuring what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lcpaq_onnx.formats import QFormat
+from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.query import nodes_by_name, weight_values
+from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
+from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
+from lcpaq_onnx.numeric.compensated import round_compensated
+from lcpaq_onnx.numeric.directions import Rounding
+from lcpaq_onnx.numeric.rounding import QuantizedWeight, round_nearest
+from lcpaq_onnx.tables import Compensable, RoundingMethod
+
+from .graph_structure import GraphStructure
+from .input_moments import InputMoments, LayerMatrices
+
+__all__ = ["CompensableLayers", "RoundedWeight", "rounding_of"]
+
+# From here on the nearest integers cost next to nothing, and moments need not be gathered.
+_FINE_BITS = 8
+
+
+@dataclass(frozen=True)
+class CompensableLayers(Analysis[Compensable]):
+    """Layers whose rounding can be compensated, and from which data."""
+
+    name: ClassVar[str] = "compensable-layers"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> Compensable:
+        digest = analyses.inputs.samples().take(MOMENT_SAMPLES).fingerprint()
+        matrices = analyses.get(LayerMatrices())
+        return Compensable(tuple(matrices), digest)
+
+
+@dataclass(frozen=True)
+class RoundedWeight(Analysis[QuantizedWeight]):
+    """The weight of ``layer`` at ``bits``. Compensated: by moments of the float model, since what comes before the layer
+    is not decided yet.
+    """
+
+    name: ClassVar[str] = "rounded-weight"
+    layer: str
+    bits: int
+    method: RoundingMethod = "nearest"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> QuantizedWeight:
+        layer = next(layer for layer in analyses.get(GraphStructure).layers if layer.name == self.layer)
+        weight = weight_values(nodes_by_name(graph)[layer.name], layer)
+        format = QFormat(bits=self.bits, axis=layer.channel_axis)
+        if self.method == "nearest":
+            return round_nearest(weight, format)
+        matrix = analyses.get(LayerMatrices())[layer.name]
+        return round_compensated(weight, format, matrix, analyses.get(InputMoments())[layer.name])
+
+
+def rounding_of(analyses: AnalysisManager, layer: str, bits: int) -> Rounding:
+    """How ``layer`` would be rounded to ``bits``."""
+    if analyses.inputs.rounding == "nearest" or bits >= _FINE_BITS or layer not in analyses.get(LayerMatrices()):
+        return Rounding(bits)
+    return Rounding(bits, "compensated", analyses.get(CompensableLayers()).data_sha256)
