@@ -1,4 +1,4 @@
-"""The labelled tasks of the assets folder: which models classify, their feeds, labels and metrics."""
+"""The labelled tasks of the assets folder: which of them classify, their models, feeds, labels and metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,14 +28,16 @@ class AssetsMissingError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One classifier. ``kind``: "logits" or "probabilities", what its output is. Feeds hold one sample each."""
+    """One task. ``kind``: what its output is, "logits", "probabilities" or "other". Feeds hold one sample each; where a
+    label is about several of them, these follow each other.
+    """
 
     name: str
     model: Path
     kind: str
     calibration: list[Feed]
     evaluation: list[Feed]
-    labels: list[int]
+    labels: list[Any]
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class Assets:
         return tuple(name for name in named if (self.root / self._tasks.TASKS[name].model).is_file())
 
     def task(self, name: str, calibration: int, evaluation: int) -> Task:
-        """``calibration`` and at most ``evaluation`` samples, none in both."""
+        """``calibration`` samples and at most ``evaluation`` labels with theirs, no sample in both."""
         entry = self._tasks.TASKS[name]
         calibration_feeds = self._tasks.calibration(name, calibration)
         # Without a calibration split of its own, the first samples calibrate and must not be judged on.
         skipped = 0 if entry.calibration else len(calibration_feeds)
         feeds, labels = entry.samples(skipped + evaluation)
+        each = len(feeds) // len(labels) if labels else 1
+        skipped = -(-skipped // each)
         model, judged = self.root / entry.model, slice(skipped, skipped + evaluation)
         names = _input_names(model)
         return Task(
@@ -72,7 +77,7 @@ class Assets:
             model,
             entry.kind,
             [_renamed(feed, names) for feed in calibration_feeds],
-            [_renamed(feed, names) for feed in feeds[judged]],
+            [_renamed(feed, names) for feed in feeds[each * skipped : each * (skipped + evaluation)]],
             labels[judged],
         )
 
@@ -80,9 +85,19 @@ class Assets:
         """Share of correct decisions, 0 to 1; one output per sample."""
         return float(self._tasks.accuracy(outputs, labels)["top1"])
 
+    def score(self, name: str, outputs: list[np.ndarray], labels: list[Any]) -> tuple[str, float]:
+        """The task's own metric, by its name there."""
+        found = self._tasks.TASKS[name].score(outputs, labels)
+        metric = next(key for key in found if key != "n")
+        return metric, float(found[metric])
+
     def compare(self, kind: str, outputs: list[np.ndarray], reference: list[np.ndarray]) -> tuple[float, float]:
-        """(mean KL divergence in nats, share of equal decisions) against the float model's ``reference``."""
+        """(mean KL divergence in nats, share of equal decisions) against the float model's ``reference``; where outputs
+        are no class scores (relative L2 error, NaN).
+        """
         found = self._tasks.compare(kind, outputs, reference)
+        if kind == "other":
+            return float(found["relative_l2"]), float("nan")
         return float(found["kl"]), float(found["agreement"])
 
 

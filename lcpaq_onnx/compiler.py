@@ -40,6 +40,7 @@ from lcpaq_onnx.planning.replanning import (
     prepare,
     target_of,
 )
+from lcpaq_onnx.planning.rewrites import rewritten, rewritten_if_better
 from lcpaq_onnx.planning.stored_analysis import analysis_key, remembered
 from lcpaq_onnx.planning.strategy import Outcome, search_plan
 from lcpaq_onnx.runtime.calibration import Source, open_calibration
@@ -130,16 +131,20 @@ def quantize(
 
 
 def _search(model: Model, bench: Bench, target: Target, goal: Goal) -> tuple[Outcome, Report]:
-    emit = partial(_emit, inputs=bench.inputs)
-    outcome = search_plan(bench.graph, bench, target, goal, emit)
+    outcome = _best(bench, target, goal)
     report = _prove(model, outcome, bench, target)
     if not goal.is_default or goal.allowed.activation_bits is not None or not _is_slower(report):
         return outcome, report
     allowed = replace(goal.allowed, activation_bits=frozenset({32}))
-    outcome = search_plan(bench.graph, bench, target, replace(goal, allowed=allowed), emit)
+    outcome = _best(bench, target, replace(goal, allowed=allowed))
     slower = f"integer execution measured {1 / _speedup(report):.2f}x the float time; weights are stored small instead"
     report = _prove(model, outcome, bench, target)
     return outcome, report.model_copy(update={"warnings": (*report.warnings, slower)})
+
+
+def _best(bench: Bench, target: Target, goal: Goal) -> Outcome:
+    emit = partial(_emit, inputs=bench.inputs)
+    return rewritten_if_better(search_plan(bench.graph, bench, target, goal, emit), bench, target, goal, emit)
 
 
 def analyze(
@@ -182,16 +187,17 @@ def apply(
 ) -> Graph:
     """The quantized model that ``plan`` describes; the same bytes every time. Save it with ``graph_io.save``.
 
-    ``calibration``: what the plan was made with; needed where it rounds weights with compensation, and else not read.
+    ``calibration``: what the plan was made with; needed where it rounds weights with compensation or moves range from
+    activations to weights, and else not read.
     Raises UsageError when the plan was made for another model or from other data.
     """
     source = graph_io.load(model)
     check_source(source, plan.source_sha256, "plan")
     if not plan.calibration_sha256:
-        return _emit(prepare(source), plan, AnalysisInputs())
+        return _emit(rewritten(prepare(source), plan.rewrites, AnalysisInputs()), plan, AnalysisInputs())
     if calibration is None:
         raise UsageError(
-            "the plan rounds weights with compensation, which looks at calibration data",
+            "the plan changes weights by what it sees in calibration data (compensated rounding, moved range)",
             hint="give the data that the plan was made with (--calibration DATA)",
         )
     data = open_data(source, calibration, samples)
@@ -202,7 +208,7 @@ def apply(
         )
     with execution.resources(_name(model, source)) as resources:
         inputs = AnalysisInputs(calibration=data, progress=progress or SilentProgress(), resources=resources)
-        return _emit(prepare(source), plan, inputs)
+        return _emit(rewritten(prepare(source), plan.rewrites, inputs), plan, inputs)
 
 
 def verify(
@@ -222,8 +228,9 @@ def verify(
     )
 
 
-def _emit(prepared: Graph, plan: Plan, inputs: AnalysisInputs) -> Graph:
-    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(prepared, inputs, plan)).graph
+def _emit(graph: Graph, plan: Plan, inputs: AnalysisInputs) -> Graph:
+    """``graph``: prepared, and rewritten as the plan says."""
+    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(graph, inputs, plan)).graph
 
 
 def _is_slower(report: Report) -> bool:
@@ -241,6 +248,7 @@ def _prove(model: Model, outcome: Outcome, bench: Bench, target: Target) -> Repo
         reference=bench.reference,
         loss_name=bench.loss_name,
         sensitivity=outcome.sensitivity,
+        loss_without_rewrites=outcome.loss_without_rewrites,
     )
     with tempfile.TemporaryDirectory(prefix="lcpaq-") as folder:
         path = Path(folder) / "model.onnx"

@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from lcpaq_onnx.formats import LayerFormat
+
 __all__ = [
     "ActivationRange",
     "Audit",
@@ -91,10 +93,23 @@ class ErrorEntry:
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """Layer → stored weight bits → error; activation group → activation bits → error. Float costs no error."""
+    """Layer → stored weight bits → error; activation group → activation bits → error. Float costs no error.
+
+    ``blocks``: layer → ``w4b32`` → squared rounding error with a scale for each block, over that of the same width with
+    one for each channel.
+    """
 
     layers: dict[str, dict[int, ErrorEntry]] = field(default_factory=dict)
     activations: dict[str, dict[int, ErrorEntry]] = field(default_factory=dict)
+    blocks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def of_layer(self, name: str, format: LayerFormat) -> ErrorEntry | None:
+        """Error of the layer's weights in ``format``; None where there is none, or none is known."""
+        entry = None if format.weight_bits is None else self.layers.get(name, {}).get(format.weight_bits)
+        share = self.blocks.get(name, {}).get(format.stored, 1.0)
+        if entry is None or share == 1.0:
+            return entry
+        return ErrorEntry(share * entry.loss, share * entry.squared_error, share * entry.loss_stderr)
 
 
 @dataclass(frozen=True)

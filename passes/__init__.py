@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .analysis.rounding_errors import WeightEntry, every_entry
     from .analysis.teacher import teacher_of
     from .pipelines import PREPARE, QUANTIZE, raise_to
+    from .rewrite.migrate_outliers import MigrateOutliers
+    from .rewrite.scale_inputs import ScaleInputs
 
 __all__ = [
     "BUILTIN_ANALYSES",
@@ -41,11 +43,13 @@ __all__ = [
     "GraphStructure",
     "HessianDiagonals",
     "MemoryTimeline",
+    "MigrateOutliers",
     "OutputChanges",
     "RandomPlans",
     "RangeCandidates",
     "RecordedTensors",
     "Reliability",
+    "ScaleInputs",
     "SizeModels",
     "WeightEntry",
     "audit",
@@ -80,6 +84,7 @@ BUILTIN_ANALYSES: dict[str, str] = {
     "activation-errors": "lcpaq_onnx.passes.analysis.activation_errors:ActivationErrors",
     "activation-ranges": "lcpaq_onnx.passes.analysis.activation_ranges:ActivationRanges",
     "batch-size": "lcpaq_onnx.passes.analysis.batch_size:BatchSize",
+    "block-shares": "lcpaq_onnx.passes.analysis.error_table:BlockShares",
     "calibration-run": "lcpaq_onnx.passes.analysis.calibration_run:CalibrationRun",
     "channel-ranges": "lcpaq_onnx.passes.analysis.channel_ranges:ChannelRanges",
     "compensable-layers": "lcpaq_onnx.passes.analysis.rounded_weight:CompensableLayers",
@@ -96,6 +101,7 @@ BUILTIN_ANALYSES: dict[str, str] = {
     "reliability": "lcpaq_onnx.passes.analysis.reliability:Reliability",
     "input-moments": "lcpaq_onnx.passes.analysis.input_moments:InputMoments",
     "rounding-errors": "lcpaq_onnx.passes.analysis.rounding_errors:RoundingErrors",
+    "moment-samples": "lcpaq_onnx.passes.analysis.input_moments:MomentSamples",
     "rounded-weight": "lcpaq_onnx.passes.analysis.rounded_weight:RoundedWeight",
     "rounding-power": "lcpaq_onnx.passes.analysis.error_table:RoundingPower",
     "size-model": "lcpaq_onnx.passes.analysis.cost_table:SizeModels",

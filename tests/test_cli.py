@@ -111,7 +111,19 @@ def test_json_files_are_strict_json(folder: Path) -> None:
 
 
 def test_plan_of_quantize_applied_again_gives_the_same_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = call(capsys, "apply", MODEL, folder / "small.plan.json", "--calibration", DATA, "--samples", 32, "-o", folder / "again.onnx", "--json")
+    done = call(
+        capsys,
+        "apply",
+        MODEL,
+        folder / "small.plan.json",
+        "--calibration",
+        DATA,
+        "--samples",
+        32,
+        "-o",
+        folder / "again.onnx",
+        "--json",
+    )
     assert done.code == 0
     document = json.loads(done.out)
     assert document["size_bytes"] == (folder / "small.onnx").stat().st_size
@@ -154,7 +166,21 @@ def test_quantize_prints_the_report_and_nothing_but_json_with_json(
 def test_the_model_is_not_changed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "net.onnx"
     copy.write_bytes(MODEL.read_bytes())
-    assert call(capsys, "apply", copy, folder / "small.plan.json", "--calibration", DATA, "--samples", 32, "-o", tmp_path / "out.onnx").code == 0
+    assert (
+        call(
+            capsys,
+            "apply",
+            copy,
+            folder / "small.plan.json",
+            "--calibration",
+            DATA,
+            "--samples",
+            32,
+            "-o",
+            tmp_path / "out.onnx",
+        ).code
+        == 0
+    )
     assert copy.read_bytes() == MODEL.read_bytes()
 
 
@@ -453,7 +479,7 @@ def test_choices_are_those_of_the_library() -> None:
     from lcpaq_onnx.allocation.allocate import Objective
     from lcpaq_onnx.numeric.losses import LossName
     from lcpaq_onnx.numeric.ranges import RangeMethod
-    from lcpaq_onnx.planning.bench import Estimator, Settings
+    from lcpaq_onnx.planning.bench import Estimator, Migration, Settings
     from lcpaq_onnx.runtime.workers import DEFAULT_WORKERS
 
     assert set(arguments.ESTIMATORS) == set(get_args(Estimator))
@@ -462,6 +488,7 @@ def test_choices_are_those_of_the_library() -> None:
     assert set(arguments.OBJECTIVES) == set(get_args(Objective))
     assert set(arguments.RANGE_METHODS) == set(get_args(RangeMethod))
     assert set(arguments.LOSSES) == set(get_args(LossName))
+    assert set(arguments.MIGRATIONS) == set(get_args(Migration))
     assert arguments.DEFAULT_TARGET == compiler.DEFAULT_TARGET
 
 
@@ -589,7 +616,18 @@ def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 def test_full_disk_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     old = tmp_path / "out.onnx"
     old.write_bytes(b"old")
-    done = run("apply", MODEL, folder / "small.plan.json", "--calibration", DATA, "--samples", 32, "-o", old, limit_bytes=20_000)
+    done = run(
+        "apply",
+        MODEL,
+        folder / "small.plan.json",
+        "--calibration",
+        DATA,
+        "--samples",
+        32,
+        "-o",
+        old,
+        limit_bytes=20_000,
+    )
     refused(done, 3, "out.onnx cannot be written")
     assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
     assert old.read_bytes() == b"old"
@@ -613,7 +651,18 @@ def test_interrupted_write_leaves_no_partial_file(
 
     # The moment when the bytes are in the temporary file and not yet on the disk.
     monkeypatch.setattr(os, "fsync", interrupt)
-    done = call(capsys, "apply", MODEL, folder / "small.plan.json", "--calibration", DATA, "--samples", 32, "-o", tmp_path / "o.onnx")
+    done = call(
+        capsys,
+        "apply",
+        MODEL,
+        folder / "small.plan.json",
+        "--calibration",
+        DATA,
+        "--samples",
+        32,
+        "-o",
+        tmp_path / "o.onnx",
+    )
     refused(done, 130, "interrupted")
     assert list(tmp_path.iterdir()) == []
 

@@ -123,7 +123,9 @@ def test_a_plan_survives_json_and_gives_the_same_bytes() -> None:
     made = plan(budget="size<=0.25x")
     again = Plan.from_json(made.to_json())
     assert again == made
-    files = [graph_io.to_proto(compiler.apply(RESNET, p, CALIBRATION, samples=32)).SerializeToString() for p in (made, again)]
+    files = [
+        graph_io.to_proto(compiler.apply(RESNET, p, CALIBRATION, samples=32)).SerializeToString() for p in (made, again)
+    ]
     assert files[0] == files[1]
 
 

@@ -113,7 +113,7 @@ def bench(estimator: Estimator) -> Bench:
 
 
 def emit(graph: graph_io.Graph, plan: Plan) -> graph_io.Graph:
-    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(graph, plan=plan)).graph
+    return run_pipeline((*raise_to(plan.opset), *QUANTIZE), PassContext.of(graph, bench("auto").inputs, plan)).graph
 
 
 def outcome(estimator: Estimator, budget: str) -> Outcome:

@@ -88,7 +88,8 @@ def stays_integer(operators, outputs):
 
 def test_every_operator_of_the_target_is_probed():
     named = load(VNNI).operators.items()
-    assert {op for op, rule in named if rule.layers} == {probe.op for probe in WEIGHTED.values()}
+    # Tables that are looked up have no activations: tests/test_look_up_integers.py.
+    assert {op for op, rule in named if rule.layers} == {"Gather", *(probe.op for probe in WEIGHTED.values())}
     assert {op for op, rule in named if rule.integer} <= set(PLAIN)
 
 

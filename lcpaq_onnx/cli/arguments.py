@@ -20,12 +20,14 @@ __all__ = [
     "DEFAULT_WORKERS",
     "ESTIMATORS",
     "LOSSES",
+    "MIGRATIONS",
     "OBJECTIVES",
     "RANGE_METHODS",
     "ROUNDINGS",
     "add_budgets",
     "add_data",
     "add_data_to",
+    "add_migration",
     "add_model",
     "add_output",
     "add_printing",
@@ -43,6 +45,7 @@ OBJECTIVES = ("error", "latency", "size")
 RANGE_METHODS = ("auto", "mse", "minmax", "percentile", "entropy")
 LOSSES = ("auto", "kl-logits", "kl-probabilities", "squared-error")
 ROUNDINGS = ("auto", "nearest", "compensated")
+MIGRATIONS = ("auto", "never", "always")
 ESTIMATORS = ("auto", "hessian-diagonal", "rounding-error")
 DEFAULT_WORKERS = "threads"
 DEFAULT_TARGET = "onnxruntime-cpu-x86_64-vnni"
@@ -117,6 +120,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=LOSSES, default="auto", help="what counts as error (default: by the kind of outputs)"
     )
     group.add_argument("--seed", type=int, default=0, metavar="S", help="of all random numbers (default: %(default)s)")
+
+
+def add_migration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--migration",
+        choices=MIGRATIONS,
+        default="auto",
+        help="whether models with attention are rewritten first, so that range moves from activations to the weights "
+        "that multiply them (default: %(default)s). auto: where 8-bit activations cost error, and the outcome, "
+        "measured, is better",
+    )
 
 
 def add_target(parser: argparse.ArgumentParser, *, default: str | None = DEFAULT_TARGET) -> None:

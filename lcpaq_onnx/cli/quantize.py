@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def add_to(commands: CommandGroup) -> None:
         "--objective", choices=arguments.OBJECTIVES, help="what to minimise (default: what fits the budgets, see below)"
     )
     arguments.add_settings(parser)
+    arguments.add_migration(parser)
     measuring.add_execution(parser)
     arguments.add_output(parser, "OUT.onnx", "the quantized model; the other files stand beside it")
     arguments.add_printing(parser, "the report")
@@ -81,7 +83,7 @@ def _quantize(args: argparse.Namespace, console: Console) -> int:
         weights=args.weights,
         activations=args.activations,
         samples=args.samples,
-        settings=arguments.settings(args),
+        settings=replace(arguments.settings(args), migration=args.migration),
         execution=measuring.execution(args),
         progress=console.progress(),
     )

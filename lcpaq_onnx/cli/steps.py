@@ -32,7 +32,7 @@ examples:
 """
 _APPLY = """\
 Applying a plan twice gives the same bytes. A plan that rounds weights with compensation (any with less than 8 bits, as
-a rule) needs the calibration data that it was made with.
+a rule) or that has rewrites needs the calibration data that it was made with.
 
 examples:
   lcpaq apply net.onnx fast.plan.json -o fast.onnx

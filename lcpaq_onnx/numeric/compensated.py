@@ -30,8 +30,6 @@ T = TypeVar("T", bound=np.generic)
 _SCALE_FACTORS = (0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18)
 _SWEEPS = 3
 _BLOCK = 64
-# Moments of few columns are shrunk towards their diagonal, by half where there is one column to ten unknowns.
-_COLUMNS_PER_UNKNOWN = 10
 
 
 def round_compensated(
@@ -100,17 +98,16 @@ class _Problem:
     @classmethod
     def of(cls, rows: Float, moments: Moments, damping: float) -> _Problem:
         """``rows`` [G, M, n]."""
-        share = moments.count / max(1, moments.count + moments.second.shape[-1] / _COLUMNS_PER_UNKNOWN)
-        second = moments.second * np.float32(share)
+        second = moments.second.copy()
         diagonal = np.einsum("gii->gi", moments.second)
         mean = diagonal.mean(axis=1, keepdims=True)
-        np.einsum("gii->gi", second)[:] = diagonal + np.where(mean > 0, damping * mean, 1.0)
+        np.einsum("gii->gi", second)[:] += np.where(mean > 0, damping * mean, 1.0)
         order = np.argsort(-diagonal, axis=1, kind="stable")
         second = _permuted(second, order)
         upper = np.stack([_upper_factor(matrix) for matrix in second])
         target = np.take_along_axis(rows.swapaxes(1, 2), order[:, :, None], axis=1)
         if moments.cross is not None:
-            change = _permuted((moments.cross - moments.second) * np.float32(share), order)
+            change = _permuted(moments.cross - moments.second, order)
             target = target + upper.swapaxes(1, 2) @ (upper @ (change.swapaxes(1, 2) @ target))
         return cls(target, second, upper, order)
 

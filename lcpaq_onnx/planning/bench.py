@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
-from lcpaq_onnx.graph.query import nodes_by_name
+from lcpaq_onnx.graph.query import Structure, nodes_by_name
 from lcpaq_onnx.graph.signatures import signature_of
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager, Progress
+from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
 from lcpaq_onnx.numeric.interactions import Interactions, steadied_interactions
 from lcpaq_onnx.numeric.losses import LossName, TeacherLoss
 from lcpaq_onnx.numeric.ranges import RangeMethod
@@ -43,13 +45,14 @@ from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.tables import ActivationRange, Audit, ErrorTable, HessianDiagonal, Measurements, RoundingMethod
 from lcpaq_onnx.verification.measure import MeasuredError, Reference, measure_error
 
-__all__ = ["Bench", "Estimator", "Settings", "SourceModel"]
+__all__ = ["Bench", "Estimator", "Migration", "Settings", "SourceModel"]
 
 Outputs = dict[str, np.ndarray]
 
 MEASUREMENTS_SCHEMA = 1
 
 Estimator = Literal["auto", "hessian-diagonal", "rounding-error"]
+Migration = Literal["auto", "never", "always"]
 
 # Widths whose rounding errors can be told from none.
 MEASURABLE_BITS = tuple(bits for bits in WEIGHT_BITS if bits <= 8)
@@ -81,6 +84,8 @@ class Settings:
     ``sensitivity_samples``: samples of the sensitivity analysis (the first ones of the data), None: until the ranking
     of what was measured is settled, 16 to 128, fewer the larger the model; ``probes``: random directions per layer and
     sample. ``rounding``: of weights, ``auto``: compensated where the measured error is clearly lower than with nearest.
+    ``migration``: moving range from activations to weights first (``planning.rewrites``), ``auto``: where the outcome,
+    measured, is better; of ``quantize`` only.
     """
 
     loss: LossName | TeacherLoss = "auto"
@@ -90,10 +95,13 @@ class Settings:
     probes: int = 1
     seed: int = 0
     rounding: Literal["auto", RoundingMethod] = "auto"
+    migration: Migration = "auto"
 
 
 class Bench:
-    """Analyses of a prepared float model; each runs when first asked for."""
+    """Analyses of a prepared float model; each runs when first asked for. ``rewrites``: what the prepared model was
+    rewritten by to become ``graph``, as in ``Plan``.
+    """
 
     def __init__(
         self,
@@ -103,8 +111,10 @@ class Bench:
         settings: Settings,
         progress: Progress,
         resources: Resources,
+        rewrites: tuple[str, ...] = (),
     ) -> None:
         self.graph = graph
+        self.rewrites = rewrites
         self.data = data
         self.settings = settings
         self._source = source
@@ -117,6 +127,21 @@ class Bench:
             resources=resources,
         )
         self._analyses = AnalysisManager(graph, self.inputs)
+
+    def of_rewritten(self, graph: Graph, rewrites: tuple[str, ...]) -> Bench:
+        """A bench for what ``rewrites`` made of this one's graph: the same model to the user, measured anew."""
+        progress, resources = self.inputs.progress, self.inputs.resources
+        return Bench(graph, self._source, self.data, self.settings, progress, resources, rewrites)
+
+    @cached_property
+    def decisive_sha256(self) -> str:
+        """Of the samples that compensated rounding and rewrites look at: ``Plan.calibration_sha256``."""
+        return self.data.take(MOMENT_SAMPLES).fingerprint()
+
+    @property
+    def structure(self) -> Structure:
+        """Layers, activation groups and operators."""
+        return self._analyses.get(GraphStructure)
 
     def ranges_only(self) -> Measurements:
         """Measurements without sensitivities: enough where nothing has to be traded against error."""
@@ -164,7 +189,7 @@ class Bench:
 
     def weights_of_layers(self) -> dict[str, int]:
         """Number of weights of each layer."""
-        return {layer.name: math.prod(layer.weight_shape) for layer in self._analyses.get(GraphStructure).layers}
+        return {layer.name: math.prod(layer.weight_shape) for layer in self.structure.layers}
 
     def error_of(self, quantized: Graph) -> MeasuredError:
         """Error of an emitted model over all calibration data."""
@@ -182,7 +207,7 @@ class Bench:
 
     def _affordable_samples(self) -> int:
         """Each layer runs about half the model for each of its changes."""
-        structure = self._analyses.get(GraphStructure)
+        structure = self.structure
         shapes = {name: tensor.shape for name, tensor in self._analyses.get(RecordedTensors).items()}
         nodes = nodes_by_name(self.graph)
         macs = sum(signature_of(nodes[layer.name], shapes).macs for layer in structure.layers)

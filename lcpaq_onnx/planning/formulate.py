@@ -84,7 +84,7 @@ class Formulation(Choices):
             cost = self.costs.layers[layer.name][str(format)]
             bits = format.weight_bits
             stored_bits = (bits or _FLOAT_BITS) * self._shares.get(layer.name, 0.0)
-            error = _NO_ERROR if bits is None else self.errors.layers.get(layer.name, {}).get(bits, _NO_ERROR)
+            error = self.errors.of_layer(layer.name, format) or _NO_ERROR
             options.append(_option(str(format), error, cost, stored_bits))
         return Decision(layer.name, "layer", tuple(options))
 

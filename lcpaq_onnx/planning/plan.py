@@ -130,7 +130,9 @@ class Plan(_Frozen):
     predicted: Predicted
     proof: Proof
     calibration_sha256: str = ""
-    """Of the samples that compensated rounding looks at; empty where no layer's rounding is compensated."""
+    """Of the samples that compensated rounding and rewrites look at; empty where there is neither."""
+    rewrites: tuple[str, ...] = ()
+    """Passes, as pipeline text, that the prepared model is rewritten by before anything else, in order."""
 
     def to_json(self) -> str:
         """Stable, indented, ends in a newline."""

@@ -118,7 +118,7 @@ class _Writer:
         format = LayerFormat.parse(text)
         executed = f.target.executed(layer.op, format)
         is_integer = executed.startswith("int")
-        error = f.errors.layers.get(layer.name, {}).get(format.weight_bits or 0)
+        error = f.errors.of_layer(layer.name, format)
         cost = f.costs.layers[layer.name][text]
         isolated = not is_integer and f.isolates(layer) and self._format_of(layer.input) is not None
         weight_format = storage = None

@@ -21,13 +21,15 @@ from lcpaq_onnx.tables import Measurements, Sensitivity
 from lcpaq_onnx.targets.target import Target
 from lcpaq_onnx.verification.measure import MeasuredError
 
-__all__ = ["DEFAULT_AGREEMENT", "DEFAULT_RELATIVE_ERROR", "Outcome", "search_plan"]
+__all__ = ["DEFAULT_AGREEMENT", "DEFAULT_RELATIVE_ERROR", "Outcome", "is_good_enough", "search_plan"]
 
 DEFAULT_RELATIVE_ERROR = NEGLIGIBLE_RELATIVE_ERROR
 """Without a budget, root mean square error of the output over its range on the calibration data."""
 DEFAULT_AGREEMENT = 0.99
 """Without a budget, share of decisions that must stay the same, where outputs are class scores."""
 
+# Share of the default error below which a file is not made better still.
+_EASILY = 0.5
 # Predicted errors are first order; each round corrects the limit by what was measured.
 _ROUNDS = 6
 _MARGIN = 0.9
@@ -39,13 +41,15 @@ Emit = Callable[[Graph, Plan], Graph]
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """The emitted graph, its plan, and its error on all calibration data. ``sensitivity``: how the plan's errors were
-    found; None where it rests on none.
+    found; None where it rests on none. ``loss_without_rewrites``: measured loss of what was found without those of the
+    plan; None where it has none.
     """
 
     graph: Graph
     plan: Plan
     measured: MeasuredError
     sensitivity: Sensitivity | None = None
+    loss_without_rewrites: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +66,29 @@ class _Workplace:
         other = compensated(plan, planner.compensable)
         if other is not None and self.bench.settings.rounding == "compensated":
             return self.emitted(other, planner)
-        outcome = self.emitted(plan, planner)
+        return self.improved(self.emitted(plan, planner), planner)
+
+    def improved(self, nearest: Outcome, planner: Planner) -> Outcome:
+        """``nearest``, or its plan with compensated rounding where that is measured clearly better."""
+        other = compensated(nearest.plan, planner.compensable)
         if other is None:
-            return outcome
-        better = self.emitted(other, planner)
-        return better if better.measured.is_clearly_below(outcome.measured) else outcome
+            return nearest
+        outcome = self.emitted(other, planner)
+        return outcome if outcome.measured.is_clearly_below(nearest.measured) else nearest
+
+    def quick_attempt(self, plan: Plan, planner: Planner) -> Outcome:
+        """As ``attempt``, but nearest integers, which take no time, will do where they are easily good enough."""
+        if self.bench.settings.rounding == "compensated":
+            return self.attempt(plan, planner)
+        outcome = self.emitted(plan, planner)
+        is_easy = outcome.measured.relative_error <= _EASILY * DEFAULT_RELATIVE_ERROR
+        return outcome if is_easy and is_good_enough(outcome.measured) else self.improved(outcome, planner)
 
     def emitted(self, plan: Plan, planner: Planner) -> Outcome:
-        """``plan`` as it is."""
+        """``plan`` as it is, with the rewrites that led to this graph."""
+        if self.bench.rewrites:
+            update = {"rewrites": self.bench.rewrites, "calibration_sha256": self.bench.decisive_sha256}
+            plan = plan.model_copy(update=update)
         graph = self.emit(self.graph, plan)
         return Outcome(graph, plan, self.bench.error_of(graph), planner.sensitivity)
 
@@ -122,19 +141,19 @@ def _fastest_within_default(site: _Workplace, allowed: Allowed) -> Outcome:
     allowed = allowed if allowed.weight_bits else replace(allowed, weight_bits=_widest(site.target))
     first = site.planner(site.bench.ranges_only(), allowed)
     plan = first.plan((), ("latency", "size"))
-    # Nearest integers first: no data need be run through the model for them.
-    outcome = site.emitted(plan, first)
-    if not _is_good_enough(outcome.measured):
-        outcome = site.attempt(plan, first)
-    if _is_good_enough(outcome.measured):
+    outcome = site.quick_attempt(plan, first)
+    if is_good_enough(outcome.measured):
         return outcome
     limit = DEFAULT_RELATIVE_ERROR
     planner = site.refined_planner(allowed, (Budget("error", 100 * limit, "percent"),), FASTEST)
     for _ in range(_ROUNDS):
-        plan = planner.plan((Budget("error", 100 * limit, "percent"),), FASTEST)
+        try:
+            plan = planner.plan((Budget("error", 100 * limit, "percent"),), FASTEST)
+        except BudgetError:
+            break  # the formats allowed leave more error than that
         # The limit is this loop's, not the user's.
         outcome = site.attempt(plan.model_copy(update={"budgets": ()}), planner)
-        if _is_good_enough(outcome.measured):
+        if is_good_enough(outcome.measured):
             return outcome
         predicted = outcome.plan.predicted.relative_error or limit
         correction = _MARGIN * DEFAULT_RELATIVE_ERROR / max(outcome.measured.relative_error, 1e-12)
@@ -148,7 +167,8 @@ def _widest(target: Target) -> frozenset[int]:
     return frozenset({widest, widest - 1} if target.weights.saturating_pairs else {widest})
 
 
-def _is_good_enough(measured: MeasuredError) -> bool:
+def is_good_enough(measured: MeasuredError) -> bool:
+    """Whether it is within the default error."""
     # One changed decision says nothing about the share, however few samples there are.
     lost = 0.0 if measured.agreement is None else (1 - measured.agreement) * measured.samples
     kept = lost < max(1.5, (1 - DEFAULT_AGREEMENT) * measured.samples + 0.5)

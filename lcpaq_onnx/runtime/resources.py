@@ -21,7 +21,7 @@ __all__ = ["Execution", "Resources"]
 
 _MOST_CACHE_BYTES = 512 << 20
 _MOST_BATCH_BYTES = 128 << 20
-_MOST_CARRIED_BYTES = 1 << 30
+_MOST_CARRIED_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)

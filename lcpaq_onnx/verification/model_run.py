@@ -48,8 +48,9 @@ class VerifyOptions:
 class Known:
     """What the caller has already, so that it need not be measured again. ``macs``: by layer, one sample.
     ``measured``: error of the very model that is emitted, against ``reference`` with the loss ``loss_name`` (all three
-    or none). ``sensitivity``: how the plan's errors were found. ``base_dir``: folder of the external data of an
-    original given as proto. ``emitted_name``: file name for the report, where the emitted file is a temporary one.
+    or none). ``sensitivity``: how the plan's errors were found. ``loss_without_rewrites``: measured for the best plan
+    that has none. ``base_dir``: folder of the external data of an original given as proto. ``emitted_name``: file name
+    for the report, where the emitted file is a temporary one.
     """
 
     macs: Mapping[str, int] | None = None
@@ -59,6 +60,7 @@ class Known:
     base_dir: Path | None = None
     emitted_name: str = ""
     sensitivity: Sensitivity | None = None
+    loss_without_rewrites: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -177,7 +177,8 @@ class ActivationRow(_Frozen):
 class Report(_Frozen):
     """Everything verification found. ``float_*`` are the float model's figures. ``loss_name``: what ``loss`` means.
     ``samples``: how many calibration samples the measured errors are from. ``sensitivity``: None where no error was
-    traded against anything, or the plan came from a file.
+    traded against anything, or the plan came from a file. ``rewrites``: of the plan; ``loss_without_rewrites``:
+    measured loss of the best plan without them, None where that was not measured.
     """
 
     schema_version: int = SCHEMA
@@ -205,6 +206,8 @@ class Report(_Frozen):
     activations: tuple[ActivationRow, ...]
     proof: Proof
     sensitivity: Sensitivity | None = None
+    rewrites: tuple[str, ...] = ()
+    loss_without_rewrites: float | None = None
 
     @property
     def passed(self) -> bool:

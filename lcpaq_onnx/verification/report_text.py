@@ -35,6 +35,7 @@ def render_text(report: Report, width: int = 132) -> str:
         _activations(report, width),
         _proof(report, width),
         _sensitivity(report, width),
+        _rewrites(report, width),
         _checks(report, width),
         _environment(report, width),
     ]
@@ -221,6 +222,15 @@ def _sensitivity(report: Report, width: int) -> list[str]:
         )
     lines += [f"  {found.note}"] if found.note else []
     return [part for line in lines for part in _wrap(line, width, "  ")]
+
+
+def _rewrites(report: Report, width: int) -> list[str]:
+    if not report.rewrites:
+        return []
+    text = f"Rewrites: {', '.join(report.rewrites)}"
+    if report.loss_without_rewrites is not None and report.measured.loss is not None:
+        text += f": measured loss {report.loss_without_rewrites:.3g} -> {report.measured.loss:.3g}"
+    return _wrap(text, width, "  ")
 
 
 def _checks(report: Report, width: int) -> list[str]:

@@ -104,6 +104,8 @@ def verify(
         activations=activation_rows(plan),
         proof=plan.proof,
         sensitivity=known.sensitivity,
+        rewrites=plan.rewrites,
+        loss_without_rewrites=known.loss_without_rewrites,
     )
 
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lcpaq_onnx.formats import QFormat
+from lcpaq_onnx.formats import LayerFormat, QFormat
 from lcpaq_onnx.graph.graph_io import Graph
+from lcpaq_onnx.graph.ops import sums_over_rows
 from lcpaq_onnx.graph.query import Layer, nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.numeric.hutchinson import channel_rows
@@ -25,10 +26,14 @@ from .hessian_diagonals import HessianDiagonals
 from .prober import Prober
 from .rounding_errors import RoundingErrors, WeightEntry
 
-__all__ = ["WEIGHT_BITS", "ErrorTables", "RoundingPower"]
+__all__ = ["WEIGHT_BITS", "BlockShares", "ErrorTables", "RoundingPower"]
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 """Stored widths that an error table has."""
+
+# What runtimes multiply in blocks.
+_BLOCK = 32
+_BLOCK_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,30 @@ class RoundingPower(Analysis[dict[str, NDArray[np.float64]]]):
             layer.name: np.stack([_power(layer, weight_values(nodes[layer.name], layer), b) for b in WEIGHT_BITS], 1)
             for layer in analyses.get(GraphStructure).layers
         }
+
+
+@dataclass(frozen=True)
+class BlockShares(Analysis[dict[str, dict[str, float]]]):
+    """Layer → ``w4b32`` → squared rounding error in blocks of rows of a matrix [K, N], over that per channel."""
+
+    name: ClassVar[str] = "block-shares"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> dict[str, dict[str, float]]:
+        nodes = nodes_by_name(graph)
+        shares: dict[str, dict[str, float]] = {}
+        for layer in analyses.get(GraphStructure).layers:
+            node = nodes[layer.name]
+            if not sums_over_rows(node.op, node.attrs, layer.weight_shape):
+                continue
+            weight = weight_values(node, layer)
+            shares[layer.name] = {LayerFormat(bits, block=_BLOCK).stored: _share(weight, bits) for bits in _BLOCK_BITS}
+        return shares
+
+
+def _share(weight: NDArray[np.float32], bits: int) -> float:
+    formats = (QFormat(bits=bits, axis=0, block=_BLOCK), QFormat(bits=bits, axis=1))
+    blocks, channels = (float(((round_nearest(weight, f).dequantized() - weight) ** 2).sum()) for f in formats)
+    return min(1.0, blocks / channels) if channels > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +102,8 @@ class ErrorTables(Analysis[ErrorTable]):
         layers = [layer.name for layer in analyses.get(GraphStructure).layers]
         power = analyses.get(RoundingPower())
         curvature, errors = analyses.get(diagonals), analyses.get(measured)
-        return ErrorTable(_layer_errors(layers, power, curvature, errors), analyses.get(activations))
+        table = _layer_errors(layers, power, curvature, errors)
+        return ErrorTable(table, analyses.get(activations), analyses.get(BlockShares()))
 
 
 def _layer_errors(

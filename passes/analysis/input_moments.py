@@ -1,27 +1,35 @@
-"""Second moments of layers' inputs in the float model, over the first calibration samples."""
+"""Second moments of layers' inputs in the float model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lcpaq_onnx.graph.graph_io import Graph, to_proto
-from lcpaq_onnx.graph.query import nodes_by_name
+from lcpaq_onnx.graph.query import Layer, nodes_by_name
 from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
 from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES, chosen_columns
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 from lcpaq_onnx.numeric.moments import Moments, MomentStream
-from lcpaq_onnx.runtime.calibration import joined_feed, stacks
+from lcpaq_onnx.runtime.blas import one_blas_thread
+from lcpaq_onnx.runtime.calibration import Feed, feed_digest, joined_feed, stacks
 from lcpaq_onnx.runtime.session import Session
 
 from .batch_size import BatchSize
+from .calibration_run import CalibrationRun
 from .graph_structure import GraphStructure
 
-__all__ = ["InputMoments", "LayerMatrices"]
+__all__ = ["InputMoments", "LayerMatrices", "MomentData", "MomentSamples"]
+
+# Most that errors are measured on.
+_MEASURED_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -40,43 +48,76 @@ class LayerMatrices(Analysis[dict[str, LayerMatrix]]):
 
 
 @dataclass(frozen=True)
+class MomentData:
+    """``samples`` of the calibration data from number ``first`` on; ``sha256`` of their bytes."""
+
+    first: int
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MomentSamples(Analysis[MomentData]):
+    """Those behind the ones that errors are measured on, as far as there are more: rounding fits what it has seen, and
+    its error there would look too small.
+    """
+
+    name: ClassVar[str] = "moment-samples"
+
+    def run(self, graph: Graph, analyses: AnalysisManager) -> MomentData:
+        present = analyses.get(CalibrationRun).samples
+        first = min(_MEASURED_SAMPLES, present // 2)
+        digest, count = hashlib.sha256(), 0
+        for feed in _feeds(analyses, first):
+            feed_digest(digest, feed)
+            count += 1
+        return MomentData(first, count, digest.hexdigest())
+
+
+@dataclass(frozen=True)
 class InputMoments(Analysis[Mapping[str, Moments]]):
     """Layer → moments of its columns; centered where the layer has a bias, which makes up for means."""
 
     name: ClassVar[str] = "input-moments"
-    samples: int = MOMENT_SAMPLES
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> Mapping[str, Moments]:
-        model = to_proto(graph)
         matrices = analyses.get(LayerMatrices())
         layers = [layer for layer in analyses.get(GraphStructure).layers if layer.name in matrices]
+        data = analyses.get(MomentSamples())
+        streams = {layer.name: _Stream(layer, matrices[layer.name]) for layer in layers}
+        model = to_proto(graph)
         fed = {value.name for value in model.graph.input}
-        inputs = list(dict.fromkeys(layer.input for layer in layers))
-        observed = with_outputs(model, [name for name in inputs if name not in fed])
-        resources = analyses.inputs.resources
-        session = Session(observed, resources.cache_options, base_dir=graph.base_dir)
-        asked = [name for name in inputs if name not in fed]
-        streams = {
-            layer.name: MomentStream(
-                matrices[layer.name].groups, matrices[layer.name].columns, has_changed_inputs=False
-            )
-            for layer in layers
-        }
-        data = analyses.inputs.samples().take(self.samples)
-        count = data.sample_count or self.samples
-        with analyses.inputs.progress.track("gathering moments", data.sample_count) as advance:
-            for number, feeds in enumerate(stacks(data, analyses.get(BatchSize))):
+        asked = [name for name in dict.fromkeys(layer.input for layer in layers) if name not in fed]
+        options = analyses.inputs.resources.cache_options
+        session = Session(with_outputs(model, asked), options, base_dir=graph.base_dir)
+        batches = stacks(_feeds(analyses, data.first), analyses.get(BatchSize))
+        with one_blas_thread(), analyses.inputs.progress.track("gathering moments", data.samples) as advance:
+            for number, feeds in enumerate(batches):
                 feed = joined_feed(feeds)
                 values = feed | (session.run(feed, asked) if asked else {})
                 for layer in layers:
-                    matrix, x = matrices[layer.name], np.asarray(values[layer.input], np.float32)
-                    chosen = chosen_columns(matrix, layer.name, x.shape, number, len(feeds) / count)
-                    columns = matrix.columns_of(x, chosen)
-                    streams[layer.name].update(columns, columns)
+                    streams[layer.name].add(values[layer.input], number, len(feeds) / data.samples)
                 advance(len(feeds))
-        return {layer.name: _of(streams.pop(layer.name), has_bias=layer.bias is not None) for layer in layers}
+        return {layer.name: streams.pop(layer.name).result() for layer in layers}
 
 
-def _of(stream: MomentStream, *, has_bias: bool) -> Moments:
-    moments = stream.result()
-    return moments.centered() if has_bias else moments
+class _Stream:
+    """Moments of one layer."""
+
+    def __init__(self, layer: Layer, matrix: LayerMatrix) -> None:
+        self._layer, self._matrix = layer, matrix
+        self._moments = MomentStream(matrix.groups, matrix.columns, has_changed_inputs=False)
+
+    def add(self, value: NDArray[np.generic], number: int, share: float) -> None:
+        """The layer's input in batch ``number``, which is ``share`` of all."""
+        x = np.asarray(value, np.float32)
+        columns = self._matrix.columns_of(x, chosen_columns(self._matrix, self._layer.name, x.shape, number, share))
+        self._moments.update(columns, columns)
+
+    def result(self) -> Moments:
+        moments = self._moments.result()
+        return moments if self._layer.bias is None else moments.centered()
+
+
+def _feeds(analyses: AnalysisManager, first: int) -> Iterator[Feed]:
+    return islice(analyses.inputs.samples().take(first + MOMENT_SAMPLES), first, None)

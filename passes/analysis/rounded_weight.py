@@ -13,10 +13,11 @@ from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
 from lcpaq_onnx.numeric.compensated import round_compensated
 from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.numeric.rounding import QuantizedWeight, round_nearest
+from lcpaq_onnx.runtime.blas import one_blas_thread
 from lcpaq_onnx.tables import Compensable, RoundingMethod
 
 from .graph_structure import GraphStructure
-from .input_moments import InputMoments, LayerMatrices
+from .input_moments import InputMoments, LayerMatrices, MomentSamples
 
 __all__ = ["CompensableLayers", "RoundedWeight", "rounding_of"]
 
@@ -26,7 +27,7 @@ _FINE_BITS = 8
 
 @dataclass(frozen=True)
 class CompensableLayers(Analysis[Compensable]):
-    """Layers whose rounding can be compensated, and from which data."""
+    """Layers whose rounding can be compensated, and from which data ``round-compensated`` does it."""
 
     name: ClassVar[str] = "compensable-layers"
 
@@ -38,8 +39,8 @@ class CompensableLayers(Analysis[Compensable]):
 
 @dataclass(frozen=True)
 class RoundedWeight(Analysis[QuantizedWeight]):
-    """The weight of ``layer`` at ``bits``. Compensated: by moments of the float model, since what comes before the layer
-    is not decided yet.
+    """The weight of ``layer`` at ``bits``. Compensated: by moments of the float model, since what comes before the
+    layer is not decided yet.
     """
 
     name: ClassVar[str] = "rounded-weight"
@@ -54,11 +55,13 @@ class RoundedWeight(Analysis[QuantizedWeight]):
         if self.method == "nearest":
             return round_nearest(weight, format)
         matrix = analyses.get(LayerMatrices())[layer.name]
-        return round_compensated(weight, format, matrix, analyses.get(InputMoments())[layer.name])
+        moments = analyses.get(InputMoments())[layer.name]
+        with one_blas_thread():
+            return round_compensated(weight, format, matrix, moments)
 
 
 def rounding_of(analyses: AnalysisManager, layer: str, bits: int) -> Rounding:
     """How ``layer`` would be rounded to ``bits``."""
     if analyses.inputs.rounding == "nearest" or bits >= _FINE_BITS or layer not in analyses.get(LayerMatrices()):
         return Rounding(bits)
-    return Rounding(bits, "compensated", analyses.get(CompensableLayers()).data_sha256)
+    return Rounding(bits, "compensated", analyses.get(MomentSamples()).sha256)

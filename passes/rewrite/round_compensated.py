@@ -19,6 +19,7 @@ from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 from lcpaq_onnx.numeric.moments import Moments, MomentStream
 from lcpaq_onnx.numeric.rounding import QuantizedWeight
 from lcpaq_onnx.planning.plan import LayerPlan
+from lcpaq_onnx.runtime.blas import one_blas_thread
 
 from .planned import bias_of, input_scales, weight_of
 from .prefix_walk import PrefixWalk
@@ -53,7 +54,8 @@ class RoundCompensated(RewritePass):
         walk = PrefixWalk(graph, context, self.samples)
         scales = input_scales(plan)
         inserted: dict[int, list[gs.Node]] = {}
-        with context.analyses.inputs.progress.track("rounding weights", len(plan.layers)) as advance:
+        progress = context.analyses.inputs.progress
+        with one_blas_thread(), progress.track("rounding weights", len(plan.layers)) as advance:
             for layer in sorted(plan.layers, key=lambda layer: order[layer.name]):
                 advance(1)
                 node = nodes[layer.name]
