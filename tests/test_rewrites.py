@@ -15,7 +15,7 @@ from lcpaq_onnx.errors import PassError, UsageError
 from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.manager.analysis import AnalysisInputs
 from lcpaq_onnx.passes import MigrateOutliers, ScaleInputs
-from lcpaq_onnx.planning.bench import Settings
+from lcpaq_onnx.planning.bench import Migration, Settings
 from lcpaq_onnx.planning.choices import Allowed
 from lcpaq_onnx.planning.goal import Goal
 from lcpaq_onnx.planning.plan import Plan
@@ -35,17 +35,10 @@ TARGET = load_target(compiler.DEFAULT_TARGET)
 ANY = Allowed(None, None)
 
 
-def quantized(model: Path, migration: str) -> compiler.Quantized:
-    """Rounded to nearest, so that only rewrites look at data."""
-    settings = Settings(
-        estimator="hessian-diagonal",
-        sensitivity_samples=4,
-        rounding="nearest",
-        migration=migration,  # type: ignore[arg-type]
-    )
-    return compiler.quantize(
-        model, DATA, samples=SAMPLES, objective="error", weights=[4], activations=[8], settings=settings
-    )
+def quantized(model: Path, migration: Migration) -> compiler.Quantized:
+    """In 8 bits, rounded to nearest, so that only rewrites look at data."""
+    settings = Settings(rounding="nearest", migration=migration)
+    return compiler.quantize(model, DATA, samples=SAMPLES, weights=[8], activations=[8], settings=settings)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +111,10 @@ def test_bits_expected_are_those_of_the_plan(moved: compiler.Quantized, plain: c
     structure = AnalysisManager(compiler.prepare(source), AnalysisInputs(calibration=data)).get(GraphStructure)
     counts = {layer.name: int(np.prod(layer.weight_shape)) for layer in structure.layers}
 
+    low = {"weight_format": "int4:sym:axis=1"}
+
     def with_rounding(rounding: str) -> Plan:
-        layers = tuple(layer.model_copy(update={"rounding": rounding}) for layer in plain.plan.layers)
+        layers = tuple(layer.model_copy(update=low | {"rounding": rounding}) for layer in plain.plan.layers)
         return plain.plan.model_copy(update={"layers": layers})
 
     def expected(bits: int) -> tuple[object, ...]:
@@ -143,8 +138,8 @@ def test_bits_expected_are_those_of_the_plan(moved: compiler.Quantized, plain: c
 def test_only_8_bit_activations_are_a_reason(
     plain: compiler.Quantized, budgets: Sequence[str], allowed: Allowed, has_sensitivity: bool, expected: bool
 ) -> None:
-    sensitivity = plain.report.sensitivity if has_sensitivity else None
-    outcome = _outcome(plain, sensitivity=sensitivity)
+    found = Sensitivity("auto", 8, 1, 1)
+    outcome = _outcome(plain, sensitivity=found if has_sensitivity else None)
     assert is_worth_trying(outcome, TARGET, Goal(parse_budgets(budgets), None, allowed)) is expected
 
 
@@ -176,7 +171,7 @@ def test_least_error_is_worth_time_unless_time_comes_first(
     ("found", "other", "expected"),
     [
         ({"relative_error": 0.001, "latency_us": 150.0}, {"relative_error": 0.1}, True),
-        ({"relative_error": 0.1, "latency_us": 50.0}, {"relative_error": 0.001}, False),
+        ({"relative_error": 0.1, "latency_us": 50.0, "loss": 0.5}, {"relative_error": 0.001}, False),
         ({"relative_error": 0.001, "latency_us": 50.0}, {"relative_error": 0.001}, True),
         ({"relative_error": 0.1, "loss": 0.5}, {"relative_error": 0.1}, True),
         ({"relative_error": 0.1, "loss": 1.0, "latency_us": 50.0}, {"relative_error": 0.1}, False),

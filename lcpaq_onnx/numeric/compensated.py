@@ -28,7 +28,7 @@ T = TypeVar("T", bound=np.generic)
 
 # Of the scale of least squared error: compensated errors like other scales than lone ones.
 _SCALE_FACTORS = (0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18)
-_SWEEPS = 3
+_SWEEPS = 2
 _BLOCK = 64
 
 
@@ -57,11 +57,11 @@ def round_compensated(
     factors = np.asarray(_SCALE_FACTORS if format.bits < 8 else (1.0,), np.float32)
     scales = np.stack([_at_least(base * factor, least_scale) for factor in factors])
     candidates = problem.rounded([laid_out(scale) for scale in scales], format)
-    errors = np.stack([problem.errors(candidate.values) for candidate in candidates])
+    errors = candidates.errors
     if format.axis is None:
         errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
     best = errors.argmin(axis=0)
-    integers = np.take_along_axis(np.stack([c.integers for c in candidates]), best[None, :, None, :], axis=0)[0]
+    integers = np.take_along_axis(candidates.integers, best[None, :, None, :], axis=0)[0]
     scale = _picked(scales, best, format)
     chosen = problem.descended(_Rounded(integers, laid_out(scale)), format)
     if format.bits < 8:
@@ -69,6 +69,14 @@ def round_compensated(
         chosen = problem.descended(_Rounded(chosen.integers, laid_out(scale)), format)
     integers = matrix.weight_of(problem.rows(chosen.integers))
     return QuantizedWeight(integers.astype(np.int8), scale, format)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """``integers`` [F, G, n, M] for F scales, and the ``errors`` [F, G, M] of their rows."""
+
+    integers: Float
+    errors: Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +119,14 @@ class _Problem:
             target = target + upper.swapaxes(1, 2) @ (upper @ (change.swapaxes(1, 2) @ target))
         return cls(target, second, upper, order)
 
-    def rounded(self, scales: Sequence[Float], format: QFormat) -> list[_Rounded]:
-        """Rounded column by column, once for each of ``scales``, which are laid out like the target."""
+    def rounded(self, scales: Sequence[Float], format: QFormat) -> _Candidates:
+        """Rounded column by column, once for each of ``scales``, which are laid out like the target. What the columns
+        lose, in units of the factor's diagonal, is the error of the row.
+        """
         # All at once: they are but more rows.
         scale = np.concatenate(scales, axis=2)
         work = np.tile(self.target, (1, 1, len(scales)))
-        integers = np.empty_like(work)
+        integers, errors = np.empty_like(work), np.zeros((len(work), work.shape[2]), np.float32)
         columns = work.shape[1]
         for first in range(0, columns, _BLOCK):
             end = min(first + _BLOCK, columns)
@@ -127,8 +137,9 @@ class _Problem:
                 work[:, j + 1 : end] -= self.upper[:, j, j + 1 : end, None] * error[:, None]
                 integers[:, j], lost[:, j - first] = rounded, error
             work[:, end:] -= self.upper[:, first:end, end:].swapaxes(1, 2) @ lost
-        parts = zip(np.split(integers, len(scales), axis=2), np.split(scale, len(scales), axis=2), strict=True)
-        return [_Rounded(part, own) for part, own in parts]
+            errors += np.einsum("gnm,gnm->gm", lost, lost)
+        count = len(scales)
+        return _Candidates(np.stack(np.split(integers, count, axis=2)), np.stack(np.split(errors, count, axis=1)))
 
     def descended(self, start: _Rounded, format: QFormat) -> _Rounded:
         """``start`` after rounding each weight again, given all others, a few times over."""
@@ -151,12 +162,6 @@ class _Problem:
             if np.array_equal(now, before):
                 break
         return _Rounded(now, step)
-
-    def errors(self, values: Float) -> Float:
-        """[G, M]: error of each row of ``values``."""
-        error = self.target - values
-        found: Float = np.einsum("gnm,gnm->gm", self.second @ error, error)
-        return found
 
     def fitted(self, values: Float) -> Float:
         """[G, M]: what to multiply each row of ``values`` with for the least error."""
@@ -185,10 +190,14 @@ def _upper_factor(matrix: Float) -> Float:
     """U with matrix⁻¹ = UᵀU: the inverse of R, where matrix = R Rᵀ and both are upper triangular."""
     from scipy.linalg import lapack  # a tenth of a second that other roundings need not pay
 
-    # Backwards the upper factor is the lower one, which LAPACK makes.
-    lower, failed = lapack.dpotrf(matrix[::-1, ::-1].astype(np.float64), lower=1)
-    assert not failed, "damped moments are positive definite"
-    inverse, failed = lapack.dtrtri(np.ascontiguousarray(lower[::-1, ::-1]), lower=0)
+    # Backwards the upper factor is the lower one, which LAPACK makes. Single precision takes half the time.
+    lower, failed = lapack.spotrf(matrix[::-1, ::-1], lower=1)
+    if not failed:
+        inverse, failed = lapack.strtri(lower[::-1, ::-1], lower=0)
+    else:
+        lower, failed = lapack.dpotrf(matrix[::-1, ::-1].astype(np.float64), lower=1)
+        assert not failed, "damped moments are positive definite"
+        inverse, failed = lapack.dtrtri(lower[::-1, ::-1], lower=0)
     assert not failed
     upper: Float = np.triu(inverse).astype(np.float32)
     return upper

@@ -47,7 +47,10 @@ class MomentStream:
 
     def update(self, x: Float, z: Float) -> None:
         """``x``, ``z`` [G, columns, n] of the float and of the rounded model; the same array where they are equal."""
-        self._second += z.swapaxes(1, 2) @ z
+        if len(z) == 1:
+            self._second[0] += z[0].T @ z[0]  # a matrix by itself is symmetric: BLAS does half the products
+        else:
+            self._second += z.swapaxes(1, 2) @ z
         self._sum += z.sum(axis=1, dtype=np.float64)
         if self._cross is not None:
             self._cross += x.swapaxes(1, 2) @ z

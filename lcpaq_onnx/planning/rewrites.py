@@ -55,6 +55,8 @@ def rewritten_if_better(outcome: Outcome, bench: Bench, target: Target, goal: Go
         return outcome
     activation_bits = 8 if _has_8_bit_activations(target, goal) else 32
     steps = candidates_for(bench.structure, bench.weights_of_layers(), outcome.plan, activation_bits)
+    if not steps:
+        return outcome
     run = _run(bench.graph, steps, bench.inputs)
     # Those that found nothing to do need not be run again when the plan is applied.
     effective = tuple(str(done.step) for done in run.trace if done.modified)
