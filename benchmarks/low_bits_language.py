@@ -20,7 +20,7 @@ __all__ = ["run_minilm", "run_stories"]
 _SENTENCES = 128
 _EVERYTHING = 1 << 20
 # As long as the texts that judge: positions that were never seen have other keys.
-_TEXTS, _TOKENS, _EVERY_STEP = 32, 256, 32
+_TEXTS, _TOKENS, _EVERY_STEP = 32, 256, 8
 _CACHED = "stories260k_kv.onnx"
 _FIRST_TOKEN = 1
 
@@ -81,9 +81,15 @@ def run_stories(assets: Assets, folder: Path, *, quick: bool) -> Part:
 
 
 def _divergence(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> np.ndarray:
-    """KL divergence of what is expected next, in nats, a mean over positions: of each text. Caches do not count."""
+    """KL divergence of what is expected next, in nats, a mean over positions: of each text. What a step adds to the
+    caches is read by all later steps, so its squared error over its square counts as well.
+    """
     p, q = (_log_softmax(outputs["logits"]) for outputs in (before, after))
-    return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0).mean(axis=-1)
+    loss = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0).mean(axis=-1)
+    for name in (name for name in before if name.startswith("present")):
+        old, new = (outputs[name][..., -1, :].astype(np.float64) for outputs in (before, after))
+        loss = loss + ((new - old) ** 2).sum() / (old**2).sum()
+    return loss
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

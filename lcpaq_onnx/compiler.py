@@ -21,7 +21,7 @@ from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.manager.analysis import AnalysisInputs, Progress, SilentProgress
 from lcpaq_onnx.manager.pass_base import PassContext
 from lcpaq_onnx.manager.pass_manager import run_pipeline
-from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
+from lcpaq_onnx.numeric.columns import MOST_MOMENT_SAMPLES
 from lcpaq_onnx.passes import QUANTIZE, raise_to
 from lcpaq_onnx.planning.bench import Bench, Settings
 from lcpaq_onnx.planning.goal import Goal
@@ -201,7 +201,7 @@ def apply(
             hint="give the data that the plan was made with (--calibration DATA)",
         )
     data = open_data(source, calibration, samples)
-    if data.take(MOMENT_SAMPLES).fingerprint() != plan.calibration_sha256:
+    if data.take(MOST_MOMENT_SAMPLES).fingerprint() != plan.calibration_sha256:
         raise UsageError(
             f"the plan was made with other calibration data than {data.description}",
             hint="give the same data, and the same --samples if there were any, or plan again",

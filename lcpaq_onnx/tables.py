@@ -183,10 +183,13 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Compensable:
-    """``layers`` whose rounding can be compensated. ``data_sha256``: of the calibration samples that it looks at."""
+    """``layers`` whose rounding can be compensated, by the first ``samples`` calibration samples. ``data_sha256``: of
+    all samples that may decide anything when a plan is applied.
+    """
 
     layers: tuple[str, ...]
     data_sha256: str
+    samples: int
 
 
 @dataclass(frozen=True)

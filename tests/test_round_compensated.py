@@ -118,10 +118,10 @@ def test_weights_stay_within_their_width() -> None:
 
 def test_which_plans_are_compensated_without_measuring() -> None:
     low, eight = quantized("digits_resnet", 3, "nearest").plan, quantized("digits_resnet", 8, "nearest").plan
-    able = Compensable(tuple(layer.name for layer in low.layers[1:]), "abc")
+    able = Compensable(tuple(layer.name for layer in low.layers[1:]), "abc", 40)
     assert compensated(low, None) is None
-    assert compensated(low, Compensable((), "abc")) is None
+    assert compensated(low, Compensable((), "abc", 40)) is None
     assert compensated_below_8_bits(eight, able) == eight
     found = compensated_below_8_bits(low, able)
-    assert found.calibration_sha256 == "abc"
+    assert (found.calibration_sha256, found.rounding_samples) == ("abc", 40)
     assert [layer.rounding for layer in found.layers] == ["nearest", *["compensated"] * (len(low.layers) - 1)]

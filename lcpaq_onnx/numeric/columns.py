@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 
-__all__ = ["MOMENT_SAMPLES", "chosen_columns"]
+__all__ = ["MOMENT_SAMPLES", "MOST_MOMENT_SAMPLES", "chosen_columns", "moment_samples"]
 
 MOMENT_SAMPLES = 256
-"""Calibration samples that moments are taken of: the first ones."""
+"""Calibration samples that moments are taken of, where a sample gives many columns."""
+MOST_MOMENT_SAMPLES = 4096
+"""Where it gives few."""
 
 # Neighbouring positions of a feature map tell the same: so many columns for each unknown are enough.
 _MOST_PER_UNKNOWN = 64
 _LEAST_PER_UNKNOWN = 8
 _AFFORDABLE = 1 << 14
+
+
+def moment_samples(columns: Iterable[int]) -> int:
+    """How many samples to take moments of; ``columns``: what one sample gives to each layer."""
+    return min(MOST_MOMENT_SAMPLES, max(MOMENT_SAMPLES, _AFFORDABLE // max(1, *columns, 1)))
 
 
 def chosen_columns(

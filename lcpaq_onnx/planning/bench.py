@@ -14,7 +14,7 @@ from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.query import Structure, nodes_by_name
 from lcpaq_onnx.graph.signatures import signature_of
 from lcpaq_onnx.manager.analysis import AnalysisInputs, AnalysisManager, Progress
-from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
+from lcpaq_onnx.numeric.columns import MOST_MOMENT_SAMPLES
 from lcpaq_onnx.numeric.interactions import Interactions, steadied_interactions
 from lcpaq_onnx.numeric.losses import LossName, TeacherLoss
 from lcpaq_onnx.numeric.ranges import RangeMethod
@@ -136,7 +136,7 @@ class Bench:
     @cached_property
     def decisive_sha256(self) -> str:
         """Of the samples that compensated rounding and rewrites look at: ``Plan.calibration_sha256``."""
-        return self.data.take(MOMENT_SAMPLES).fingerprint()
+        return self.data.take(MOST_MOMENT_SAMPLES).fingerprint()
 
     @property
     def structure(self) -> Structure:

@@ -129,6 +129,8 @@ class Plan(_Frozen):
     activations: tuple[ActivationPlan, ...]
     predicted: Predicted
     proof: Proof
+    rounding_samples: int = 0
+    """First calibration samples that compensated rounding goes by; 0 where no layer's rounding is compensated."""
     calibration_sha256: str = ""
     """Of the samples that compensated rounding and rewrites look at; empty where there is neither."""
     rewrites: tuple[str, ...] = ()

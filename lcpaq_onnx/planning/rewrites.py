@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from lcpaq_onnx.allocation.allocate import Objective
 from lcpaq_onnx.errors import BudgetError
 from lcpaq_onnx.graph.graph_io import Graph
@@ -29,7 +27,6 @@ from lcpaq_onnx.planning.goal import FASTEST, Goal
 from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.strategy import Emit, Outcome, is_good_enough, search_plan
 from lcpaq_onnx.targets.target import Target
-from lcpaq_onnx.verification.measure import MeasuredError
 
 __all__ = ["candidates_for", "is_better", "is_worth_trying", "rewritten", "rewritten_if_better"]
 
@@ -112,7 +109,7 @@ def is_better(found: Outcome, other: Outcome, goal: Goal) -> bool:
         objectives = FASTEST if is_enough else ("error",)
     for objective in objectives:
         if objective == "error":
-            return _is_clearly_below(found.measured, other.measured)
+            return found.measured.is_clearly_below(other.measured)
         costs = _cost(found.plan, objective), _cost(other.plan, objective)
         if not math.isclose(*costs, rel_tol=_SAME):
             return costs[0] < costs[1]
@@ -121,17 +118,6 @@ def is_better(found: Outcome, other: Outcome, goal: Goal) -> bool:
 
 def _has_8_bit_activations(target: Target, goal: Goal) -> bool:
     return 8 in (goal.allowed.activation_bits or target.activations)
-
-
-def _is_clearly_below(found: MeasuredError, other: MeasuredError) -> bool:
-    """In the mean, by two standard errors; or, where a few samples make up the mean and its noise, in so many samples
-    that chance is not the reason.
-    """
-    if found.is_clearly_below(other):
-        return True
-    lower = np.count_nonzero(found.losses < other.losses)
-    # Two standard deviations of a fair coin's heads.
-    return found.loss < other.loss and bool(lower > found.samples / 2 + math.sqrt(found.samples))
 
 
 def _run(graph: Graph, steps: Sequence[Step], inputs: AnalysisInputs) -> PipelineRun:

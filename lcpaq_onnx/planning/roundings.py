@@ -16,7 +16,13 @@ def compensated(plan: Plan, compensable: Compensable | None) -> Plan | None:
     layers = tuple(
         layer.model_copy(update={"rounding": "compensated"}) if _rounds(layer, able) else layer for layer in plan.layers
     )
-    return plan.model_copy(update={"layers": layers, "calibration_sha256": compensable.data_sha256})
+    return plan.model_copy(
+        update={
+            "layers": layers,
+            "rounding_samples": compensable.samples,
+            "calibration_sha256": compensable.data_sha256,
+        }
+    )
 
 
 def compensated_below_8_bits(plan: Plan, compensable: Compensable | None) -> Plan:

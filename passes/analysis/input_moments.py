@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
@@ -15,18 +15,19 @@ from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.query import Layer, nodes_by_name
 from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES, chosen_columns
+from lcpaq_onnx.numeric.columns import chosen_columns, moment_samples
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 from lcpaq_onnx.numeric.moments import Moments, MomentStream
 from lcpaq_onnx.runtime.blas import one_blas_thread
-from lcpaq_onnx.runtime.calibration import Feed, feed_digest, joined_feed, stacks
+from lcpaq_onnx.runtime.calibration import feed_digest, joined_feed, stacks
 from lcpaq_onnx.runtime.session import Session
 
 from .batch_size import BatchSize
 from .calibration_run import CalibrationRun
 from .graph_structure import GraphStructure
+from .recorded_tensors import RecordedTensors
 
-__all__ = ["InputMoments", "LayerMatrices", "MomentData", "MomentSamples"]
+__all__ = ["InputMoments", "LayerMatrices", "MomentData", "MomentSamples", "wanted_samples"]
 
 # Most that errors are measured on.
 _MEASURED_SAMPLES = 128
@@ -68,7 +69,7 @@ class MomentSamples(Analysis[MomentData]):
         present = analyses.get(CalibrationRun).samples
         first = min(_MEASURED_SAMPLES, present // 2)
         digest, count = hashlib.sha256(), 0
-        for feed in _feeds(analyses, first):
+        for feed in islice(analyses.inputs.samples().take(first + wanted_samples(analyses)), first, None):
             feed_digest(digest, feed)
             count += 1
         return MomentData(first, count, digest.hexdigest())
@@ -90,7 +91,8 @@ class InputMoments(Analysis[Mapping[str, Moments]]):
         asked = [name for name in dict.fromkeys(layer.input for layer in layers) if name not in fed]
         options = analyses.inputs.resources.cache_options
         session = Session(with_outputs(model, asked), options, base_dir=graph.base_dir)
-        batches = stacks(_feeds(analyses, data.first), analyses.get(BatchSize))
+        chosen = islice(analyses.inputs.samples().take(data.first + data.samples), data.first, None)
+        batches = stacks(chosen, analyses.get(BatchSize))
         with one_blas_thread(), analyses.inputs.progress.track("gathering moments", data.samples) as advance:
             for number, feeds in enumerate(batches):
                 feed = joined_feed(feeds)
@@ -119,5 +121,8 @@ class _Stream:
         return moments if self._layer.bias is None else moments.centered()
 
 
-def _feeds(analyses: AnalysisManager, first: int) -> Iterator[Feed]:
-    return islice(analyses.inputs.samples().take(first + MOMENT_SAMPLES), first, None)
+def wanted_samples(analyses: AnalysisManager) -> int:
+    """How many samples to take moments of, as far as there are so many."""
+    matrices, recorded = analyses.get(LayerMatrices()), analyses.get(RecordedTensors)
+    inputs = {layer.name: layer.input for layer in analyses.get(GraphStructure).layers}
+    return moment_samples(matrix.column_count(recorded[inputs[name]].shape) for name, matrix in matrices.items())

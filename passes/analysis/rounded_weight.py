@@ -9,7 +9,7 @@ from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.query import nodes_by_name, weight_values
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES
+from lcpaq_onnx.numeric.columns import MOST_MOMENT_SAMPLES
 from lcpaq_onnx.numeric.compensated import round_compensated
 from lcpaq_onnx.numeric.directions import Rounding
 from lcpaq_onnx.numeric.rounding import QuantizedWeight, round_nearest
@@ -17,7 +17,8 @@ from lcpaq_onnx.runtime.blas import one_blas_thread
 from lcpaq_onnx.tables import Compensable, RoundingMethod
 
 from .graph_structure import GraphStructure
-from .input_moments import InputMoments, LayerMatrices, MomentSamples
+from .input_moments import InputMoments, LayerMatrices, MomentSamples, wanted_samples
+from .memory_timeline import MemoryTimeline
 
 __all__ = ["CompensableLayers", "RoundedWeight", "rounding_of"]
 
@@ -32,9 +33,13 @@ class CompensableLayers(Analysis[Compensable]):
     name: ClassVar[str] = "compensable-layers"
 
     def run(self, graph: Graph, analyses: AnalysisManager) -> Compensable:
-        digest = analyses.inputs.samples().take(MOMENT_SAMPLES).fingerprint()
+        steps = analyses.get(MemoryTimeline)
+        live_bytes = max((step.fixed_bytes + 4 * sum(step.groups.values()) for step in steps), default=0)
+        # The float and the rounded version, side by side.
+        affordable = analyses.inputs.resources.carried_bytes // max(1, 2 * live_bytes)
         matrices = analyses.get(LayerMatrices())
-        return Compensable(tuple(matrices), digest)
+        digest = analyses.inputs.samples().take(MOST_MOMENT_SAMPLES).fingerprint()
+        return Compensable(tuple(matrices), digest, max(1, min(wanted_samples(analyses), affordable)))
 
 
 @dataclass(frozen=True)

@@ -18,29 +18,28 @@ from lcpaq_onnx.runtime.calibration import joined_feed, stacks
 from lcpaq_onnx.runtime.walk import Walk
 
 from ..analysis.batch_size import BatchSize
-from ..analysis.memory_timeline import MemoryTimeline
 from .insert_qdq import InsertQdq
 
 __all__ = ["PrefixWalk"]
 
 Float = NDArray[np.float32]
 
+_BATCH = 8
+
 
 class PrefixWalk:
     """Asked for layers in graph order; in between, what has been rounded is put in its place with ``replace``."""
 
     def __init__(self, graph: Graph, context: PassContext, samples: int) -> None:
-        """``graph``: before any of its plan is applied; not changed. ``samples``: at most, as memory allows."""
+        """``graph``: before any of its plan is applied; not changed. ``samples``: the first ones, all carried along."""
         analyses = context.analyses
         quantized = graph_io.copy(graph)
         InsertQdq().run(quantized, context)
         # Layers keep their names; what they read may be a DequantizeLinear of their own.
         self._reads = {name: node.inputs[0].name for name, node in nodes_by_name(quantized).items() if node.inputs}
-        steps = analyses.get(MemoryTimeline)
-        live_bytes = max((step.fixed_bytes + 4 * sum(step.groups.values()) for step in steps), default=0)
-        affordable = analyses.inputs.resources.carried_bytes // max(1, 2 * live_bytes)
-        data = analyses.inputs.samples().take(max(1, min(samples, affordable)))
-        batches = [joined_feed(stack) for stack in stacks(data, analyses.get(BatchSize))]
+        # Not as many as fit in memory: what is rounded must not depend on the machine.
+        together = _BATCH if analyses.get(BatchSize) > 1 else 1
+        batches = [joined_feed(stack) for stack in stacks(analyses.inputs.samples().take(samples), together)]
         self._float = Walk(graph_io.to_proto(graph), graph.base_dir, batches)
         self._rounded = Walk(graph_io.to_proto(quantized), graph.base_dir, batches)
 

@@ -13,7 +13,7 @@ from lcpaq_onnx.graph.edit import insert_nodes
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.query import nodes_by_name
 from lcpaq_onnx.manager.pass_base import Contract, PassContext, PassResult, RewritePass
-from lcpaq_onnx.numeric.columns import MOMENT_SAMPLES, chosen_columns
+from lcpaq_onnx.numeric.columns import chosen_columns
 from lcpaq_onnx.numeric.compensated import round_compensated
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 from lcpaq_onnx.numeric.moments import Moments, MomentStream
@@ -43,7 +43,6 @@ class RoundCompensated(RewritePass):
 
     name: ClassVar[str] = "round-compensated"
     contract: ClassVar[Contract] = "lossy"
-    samples: int = MOMENT_SAMPLES
 
     def run(self, graph: Graph, context: PassContext) -> PassResult:
         plan = context.needed_plan()
@@ -51,7 +50,7 @@ class RoundCompensated(RewritePass):
             return PassResult(modified=False)
         nodes = nodes_by_name(graph)
         order = {name: position for position, name in enumerate(nodes)}
-        walk = PrefixWalk(graph, context, self.samples)
+        walk = PrefixWalk(graph, context, plan.rounding_samples)
         scales = input_scales(plan)
         inserted: dict[int, list[gs.Node]] = {}
         progress = context.analyses.inputs.progress
