@@ -254,9 +254,10 @@ def _prove(model: Model, outcome: Outcome, bench: Bench, target: Target) -> Repo
         path = Path(folder) / "model.onnx"
         graph_io.save(outcome.graph, path)
         options = VerifyOptions(timing_s=_TIMING_S)
-        return verify_file(
+        report = verify_file(
             _original(model), path, bench.data, plan=outcome.plan, target=target, options=options, known=known
         )
+    return report.model_copy(update={"warnings": (*report.warnings, *outcome.warnings)})
 
 
 def _name(model: Model, source: Graph) -> str:

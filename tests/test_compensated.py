@@ -27,11 +27,15 @@ def correlated(columns: int, rows: int = 4000, groups: int = 1, seed: int = 0) -
 
 
 def moments_of(x: Float, z: Float | None = None) -> Moments:
+    return stream_of(x, z).result()
+
+
+def stream_of(x: Float, z: Float | None = None) -> MomentStream:
     stream = MomentStream(x.shape[0], x.shape[2], has_changed_inputs=z is not None)
     for part in range(0, x.shape[1], 1000):
         batch = x[:, part : part + 1000]
         stream.update(batch, batch if z is None else z[:, part : part + 1000])
-    return stream.result()
+    return stream
 
 
 def output_error(matrix: LayerMatrix, x: Float, change: Float) -> float:
@@ -45,7 +49,7 @@ def test_moments_are_the_means_of_products() -> None:
     assert found.count == 2500
     np.testing.assert_allclose(found.second, z.swapaxes(1, 2) @ z / 2500, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.cross, x.swapaxes(1, 2) @ z / 2500, rtol=1e-4, atol=1e-4)
-    centered = found.centered()
+    centered = stream_of(x, z).centered()
     assert centered.cross is not None
     expected = np.stack([np.cov(each.T, bias=True) for each in z])
     np.testing.assert_allclose(centered.second, expected, rtol=1e-3, atol=1e-3)
@@ -192,3 +196,46 @@ def test_the_same_data_give_the_same_bytes() -> None:
     )
     np.testing.assert_array_equal(first.integers, second.integers)
     np.testing.assert_array_equal(first.scale, second.scale)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(1e3, 1.0), (1e4, 1.0), (100.0, 0.01), (5.0, 0.0)])
+def test_means_that_dwarf_the_spread(mean: float, spread: float) -> None:
+    """About the means there is something left of float32, or nothing, and both can be rounded by."""
+    x = np.float32(mean) + np.float32(spread) * correlated(24, 300)
+    weight = np.random.default_rng(4).normal(size=(24, 8)).astype(np.float32)
+    matrix = LayerMatrix.of("MatMul", {}, weight.shape)
+    assert matrix is not None
+    format = QFormat(bits=4, axis=1)
+    moments = stream_of(x).centered()
+    if spread:
+        exact = np.cov(x[0].astype(np.float64).T, bias=True)
+        np.testing.assert_allclose(moments.second[0], exact, atol=0.02 * exact.max())
+    change = round_compensated(weight, format, matrix, moments).dequantized() - weight
+    nearest = round_nearest(weight, format).dequantized() - weight
+    about_mean = x - x.mean(axis=1, keepdims=True)
+    assert output_error(matrix, about_mean, change) <= 1.05 * output_error(matrix, about_mean, nearest) + 1e-9
+
+
+def test_few_unrelated_samples_do_little_harm() -> None:
+    """Where inputs have nothing in common and there are fewer of them than unknowns, there is nothing to learn: it is
+    up to samples that were not seen to refuse the result.
+    """
+    random = np.random.default_rng(0)
+    seen, unseen = (random.normal(size=(1, count, 256)).astype(np.float32) for count in (64, 4000))
+    weight = random.normal(size=(256, 64)).astype(np.float32)
+    matrix = LayerMatrix.of("MatMul", {}, weight.shape)
+    assert matrix is not None
+    format = QFormat(bits=4, axis=1)
+    change = round_compensated(weight, format, matrix, moments_of(seen)).dequantized() - weight
+    nearest = round_nearest(weight, format).dequantized() - weight
+    assert output_error(matrix, unseen, change) < 2 * output_error(matrix, unseen, nearest)
+
+
+def test_moments_that_overflowed_leave_nearest_integers() -> None:
+    weight = np.random.default_rng(4).normal(size=(6, 5)).astype(np.float32)
+    matrix = LayerMatrix.of("MatMul", {}, weight.shape)
+    assert matrix is not None
+    with np.errstate(over="ignore", invalid="ignore"):
+        moments = moments_of(correlated(6) * np.float32(1e25))
+    found = round_compensated(weight, QFormat(bits=4, axis=1), matrix, moments)
+    np.testing.assert_array_equal(found.integers, round_nearest(weight, QFormat(bits=4, axis=1)).integers)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from analysing import model_of, singles
 from onnx import numpy_helper
 from planning_case import CALIBRATION, MODELS
 
@@ -19,6 +20,7 @@ from lcpaq_onnx.planning.plan import Plan
 from lcpaq_onnx.planning.roundings import compensated, compensated_below_8_bits
 from lcpaq_onnx.runtime.session import Session
 from lcpaq_onnx.tables import Compensable
+from lcpaq_onnx.verification.measure import MeasuredError
 
 SAMPLES = 96
 EVALUATION = MODELS["digits_resnet"].parent / "digits_evaluation.npz"
@@ -125,3 +127,77 @@ def test_which_plans_are_compensated_without_measuring() -> None:
     found = compensated_below_8_bits(low, able)
     assert (found.calibration_sha256, found.rounding_samples) == ("abc", 40)
     assert [layer.rounding for layer in found.layers] == ["nearest", *["compensated"] * (len(low.layers) - 1)]
+
+
+# ---- networks that are not like others ------------------------------------------------------------------------------
+RNG = np.random.default_rng(0)
+
+
+def random_weights(*shapes: tuple[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {name: RNG.normal(size=shape).astype(np.float32) for name, shape in shapes}
+
+
+def made(text: str, constants: dict[str, np.ndarray], x: np.ndarray, rounding: str = "compensated") -> Quantized:
+    settings = Settings(estimator="hessian-diagonal", sensitivity_samples=4, rounding=rounding)  # type: ignore[arg-type]
+    model = model_of(text, constants)
+    return compiler.quantize(model, singles("x", x), weights=[4], activations=[32], objective="size", settings=settings)
+
+
+def test_a_bias_of_one_number_stays_one() -> None:
+    text = "g (float[n, 32] x) => (float[n, 24] y) { [a] h = Gemm(x, w, b) [r] i = Relu(h) [z] y = MatMul(i, v) }"
+    constants = random_weights(("w", (32, 24)), ("b", (1,)), ("v", (24, 24)))
+    found = made(text, constants, RNG.normal(size=(24, 32)).astype(np.float32))
+    assert found.report.emitted.size_bytes == found.plan.predicted.size_bytes
+    assert {layer.rounding for layer in found.plan.layers} == {"compensated"}
+
+
+def test_means_that_dwarf_the_spread() -> None:
+    text = "g (float[n, 32] x) => (float[n, 8] y) { [a] h = Gemm(x, w, b) [z] y = Gemm(h, v, c) }"
+    constants = random_weights(("w", (32, 24)), ("b", (24,)), ("v", (24, 8)), ("c", (8,)))
+    x = (1000 + RNG.normal(size=(24, 32))).astype(np.float32)
+    found, nearest = (made(text, constants, x, rounding) for rounding in ("compensated", "nearest"))
+    assert found.report.measured.relative_error < 0.2 * nearest.report.measured.relative_error
+    same = made(text, constants, np.repeat(x[:1], 6, axis=0))
+    assert np.isfinite(same.report.measured.loss)
+
+
+def test_shapes_that_depend_on_values() -> None:
+    """The rounded version picks other rows than the float one."""
+    text = """g (float[n, 16] x) => (float[1, 8] y) {
+        [a] h = MatMul(x, w) [f] flat = Flatten <axis = 0> (h) [q] row = Squeeze(flat, zero)
+        [g] large = Greater(row, half) [nz] where = NonZero(large) [t] rows = Transpose(where)
+        [p] picked = GatherND(row, rows) [u] wide = Unsqueeze(picked, one)
+        [e] many = Concat <axis = 1> (wide, wide, wide, wide) [z] each = MatMul(many, v) [m] y = ReduceMean(each, zero)
+    }"""
+    constants = random_weights(("w", (16, 24)), ("v", (4, 8))) | {
+        "half": np.float32(0.5), "zero": np.array([0]), "one": np.array([1])
+    }  # fmt: skip
+    found = made(text, constants, RNG.normal(size=(12, 16)).astype(np.float32))
+    assert any(layer.rounding == "compensated" for layer in found.plan.layers)
+
+
+def test_memory_that_is_free_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = quantized("digits_resnet", 3, "compensated").plan
+    files = []
+    for free in (64 << 20, 8 << 30):
+        monkeypatch.setattr("lcpaq_onnx.runtime.resources.free_bytes", lambda free=free: free)
+        graph = compiler.apply(MODELS["digits_resnet"], plan, CALIBRATION, samples=SAMPLES)
+        files.append(graph_io.to_proto(graph).SerializeToString())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("gain", "first", "expected"),
+    [
+        (np.ones(20), 0, True),
+        (np.r_[np.ones(19), np.nan], 0, False),
+        (np.r_[np.full(19, 0.1), 50.0], 0, True),  # one sample makes up the mean and its noise
+        (np.r_[np.ones(40), -np.ones(10)], 40, False),  # better on what rounding has seen only
+        (np.r_[np.ones(46), -np.ones(4)], 46, True),  # too few that it has not seen
+        (np.zeros(20), 0, False),
+    ],
+)
+def test_what_counts_as_clearly_better(gain: np.ndarray, first: int, expected: bool) -> None:
+    base = MeasuredError(np.full(len(gain), 100.0), 0.1, None)
+    found = MeasuredError(base.losses - gain, 0.1, None)
+    assert found.is_clearly_below(base, first) is expected

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 
-__all__ = ["MOMENT_SAMPLES", "MOST_MOMENT_SAMPLES", "chosen_columns", "moment_samples"]
+__all__ = ["MOMENT_BATCH", "MOMENT_SAMPLES", "MOST_MOMENT_SAMPLES", "chosen_columns", "moment_samples"]
 
+MOMENT_BATCH = 8
+"""Samples that run together where moments are gathered."""
 MOMENT_SAMPLES = 256
 """Calibration samples that moments are taken of, where a sample gives many columns."""
 MOST_MOMENT_SAMPLES = 4096

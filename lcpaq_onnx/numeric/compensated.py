@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lcpaq_onnx.formats import QFormat
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 from lcpaq_onnx.numeric.moments import Moments
-from lcpaq_onnx.numeric.rounding import QuantizedWeight, mse_scales, spread_scale
+from lcpaq_onnx.numeric.rounding import QuantizedWeight, mse_scales, round_nearest, spread_scale
 
 __all__ = ["round_compensated"]
 
@@ -30,6 +30,9 @@ T = TypeVar("T", bound=np.generic)
 _SCALE_FACTORS = (0.82, 0.88, 0.94, 1.0, 1.06, 1.12, 1.18)
 _SWEEPS = 2
 _BLOCK = 64
+_LEAST_DAMPING, _MOST_DAMPING = 0.01, 0.1
+# Of the mean square: below that, what is left about the means is rounding of float32.
+_LEAST_SPREAD = 1e-6
 
 
 def round_compensated(
@@ -39,13 +42,19 @@ def round_compensated(
     moments: Moments,
     *,
     least_scale: Float | None = None,
-    damping: float = 0.01,
+    damping: float | None = None,
 ) -> QuantizedWeight:
     """Integers of a symmetric ``format`` of at most 8 bits for ``weight``, which ``matrix`` describes.
 
-    ``moments``: of the layer's input; centered ones where the bias makes up for means. ``least_scale``: as the scale,
-    or a scalar; what it may not fall below. ``damping``: added to the diagonal of the second moment, of its mean.
+    ``moments``: of the layer's input; those about the means where the bias makes up for means. ``least_scale``: as the
+    scale, or a scalar; what it may not fall below. ``damping``: added to the diagonal of the second moment, of its
+    mean; None: a hundredth, and up to a tenth where there are few columns. Moments that overflowed: nearest integers.
     """
+    base = mse_scales(weight, format)
+    if not np.isfinite(moments.second).all():
+        return round_nearest(weight, format, _at_least(base, least_scale))
+    if damping is None:
+        damping = min(_MOST_DAMPING, max(_LEAST_DAMPING, _MOST_DAMPING * matrix.columns / max(1, moments.count)))
     problem = _Problem.of(matrix.rows_of(weight), moments, damping)
 
     def laid_out(scale: Float) -> Float:
@@ -53,7 +62,6 @@ def round_compensated(
         whole = np.broadcast_to(spread_scale(scale, format, matrix.weight_shape), matrix.weight_shape)
         return problem.ordered(matrix.rows_of(whole))
 
-    base = mse_scales(weight, format)
     factors = np.asarray(_SCALE_FACTORS if format.bits < 8 else (1.0,), np.float32)
     scales = np.stack([_at_least(base * factor, least_scale) for factor in factors])
     candidates = problem.rounded([laid_out(scale) for scale in scales], format)
@@ -107,9 +115,9 @@ class _Problem:
     def of(cls, rows: Float, moments: Moments, damping: float) -> _Problem:
         """``rows`` [G, M, n]."""
         second = moments.second.copy()
-        diagonal = np.einsum("gii->gi", moments.second)
-        mean = diagonal.mean(axis=1, keepdims=True)
-        np.einsum("gii->gi", second)[:] += np.where(mean > 0, damping * mean, 1.0)
+        diagonal = np.maximum(np.einsum("gii->gi", moments.second), 0)
+        added = np.maximum(damping * diagonal.mean(axis=1), _LEAST_SPREAD * moments.power)[:, None]
+        np.einsum("gii->gi", second)[:] = diagonal + np.where(added > 0, added, 1.0)
         order = np.argsort(-diagonal, axis=1, kind="stable")
         second = _permuted(second, order)
         upper = np.stack([_upper_factor(matrix) for matrix in second])
@@ -190,15 +198,13 @@ def _upper_factor(matrix: Float) -> Float:
     """U with matrix⁻¹ = UᵀU: the inverse of R, where matrix = R Rᵀ and both are upper triangular."""
     from scipy.linalg import lapack  # a tenth of a second that other roundings need not pay
 
-    # Backwards the upper factor is the lower one, which LAPACK makes. Single precision takes half the time.
-    lower, failed = lapack.spotrf(matrix[::-1, ::-1], lower=1)
-    if not failed:
-        inverse, failed = lapack.strtri(lower[::-1, ::-1], lower=0)
-    else:
-        lower, failed = lapack.dpotrf(matrix[::-1, ::-1].astype(np.float64), lower=1)
-        assert not failed, "damped moments are positive definite"
-        inverse, failed = lapack.dtrtri(lower[::-1, ::-1], lower=0)
-    assert not failed
+    # Backwards the upper factor is the lower one, which LAPACK makes.
+    backwards, more = matrix[::-1, ::-1].astype(np.float64), 0.0
+    lower, failed = lapack.dpotrf(backwards, lower=1)
+    while failed:  # not positive definite by float32's rounding of its entries
+        more = 10 * more or 1e-6 * float(np.trace(backwards)) / len(backwards)
+        lower, failed = lapack.dpotrf(backwards + more * np.eye(len(backwards)), lower=1)
+    inverse, _ = lapack.dtrtri(lower[::-1, ::-1], lower=0)
     upper: Float = np.triu(inverse).astype(np.float32)
     return upper
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from lcpaq_onnx.allocation.allocate import Objective
 from lcpaq_onnx.budget import Budget
-from lcpaq_onnx.errors import BudgetError
+from lcpaq_onnx.errors import BudgetError, LcpaqError
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.passes import WeightEntry
 from lcpaq_onnx.planning.bench import Bench
@@ -50,6 +50,7 @@ class Outcome:
     measured: MeasuredError
     sensitivity: Sensitivity | None = None
     loss_without_rewrites: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +74,14 @@ class _Workplace:
         other = compensated(nearest.plan, planner.compensable)
         if other is None:
             return nearest
-        outcome = self.emitted(other, planner)
-        return outcome if outcome.measured.is_clearly_below(nearest.measured) else nearest
+        try:
+            outcome = self.emitted(other, planner)
+        except LcpaqError as error:
+            # An improvement that cannot be had must not cost the file that there is.
+            return replace(nearest, warnings=(*nearest.warnings, f"weights are rounded to nearest: {error.message}"))
+        # On samples that rounding has not seen, as far as there are some.
+        unseen = outcome.plan.rounding_samples
+        return outcome if outcome.measured.is_clearly_below(nearest.measured, unseen) else nearest
 
     def quick_attempt(self, plan: Plan, planner: Planner) -> Outcome:
         """As ``attempt``, but nearest integers, which take no time, will do where they are easily good enough."""

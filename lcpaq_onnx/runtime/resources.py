@@ -49,8 +49,10 @@ class Resources:
 
     @cached_property
     def carried_bytes(self) -> int:
-        """For what samples carry from layer to layer while weights are rounded one after the other."""
-        return min(_MOST_CARRIED_BYTES, self._memory_bytes // 2)
+        """For what samples carry from layer to layer while weights are rounded one after the other. Not a share of what
+        is free: how many samples there are decides the file.
+        """
+        return _MOST_CARRIED_BYTES if self.max_memory_bytes is None else min(_MOST_CARRIED_BYTES, self.max_memory_bytes)
 
     @property
     def probe_options(self) -> SessionOptions:

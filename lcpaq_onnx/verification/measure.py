@@ -16,6 +16,9 @@ __all__ = ["MeasuredError", "Reference", "measure_error"]
 
 Outputs = dict[str, NDArray[np.generic]]
 
+# Fewer samples tell nothing.
+_JUDGED = 8
+
 
 @dataclass(frozen=True)
 class MeasuredError:
@@ -39,12 +42,13 @@ class MeasuredError:
     def loss_stderr(self) -> float:
         return float(self.losses.std(ddof=1) / np.sqrt(self.samples)) if self.samples > 1 else 0.0
 
-    def is_clearly_below(self, other: MeasuredError) -> bool:
+    def is_clearly_below(self, other: MeasuredError, first: int = 0) -> bool:
         """Whether the loss is lower than that of ``other``, on the same samples: by two standard errors of the mean
         difference, or, where a few samples make up mean and error, on more samples than chance explains.
+        Judged from sample ``first`` on, if there are some.
         """
-        gain = other.losses - self.losses
-        if len(gain) < 2 or gain.mean() <= 0:
+        gain = (other.losses - self.losses)[first if first + _JUDGED <= self.samples else 0 :]
+        if len(gain) < 2 or not gain.mean() > 0:
             return False
         # Two standard deviations of a fair coin's heads.
         on_most = np.count_nonzero(gain > 0) > len(gain) / 2 + np.sqrt(len(gain))

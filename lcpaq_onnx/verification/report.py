@@ -206,6 +206,8 @@ class Report(_Frozen):
     activations: tuple[ActivationRow, ...]
     proof: Proof
     sensitivity: Sensitivity | None = None
+    rounding_samples: int = 0
+    """Calibration samples that weights were rounded by, and which the measured error has seen; 0: to nearest."""
     rewrites: tuple[str, ...] = ()
     loss_without_rewrites: float | None = None
 

@@ -35,6 +35,7 @@ def render_text(report: Report, width: int = 132) -> str:
         _activations(report, width),
         _proof(report, width),
         _sensitivity(report, width),
+        _rounding(report, width),
         _rewrites(report, width),
         _checks(report, width),
         _environment(report, width),
@@ -222,6 +223,13 @@ def _sensitivity(report: Report, width: int) -> list[str]:
         )
     lines += [f"  {found.note}"] if found.note else []
     return [part for line in lines for part in _wrap(line, width, "  ")]
+
+
+def _rounding(report: Report, width: int) -> list[str]:
+    if not report.rounding_samples:
+        return []
+    text = f"Rounding: compensated, by the first {report.rounding_samples} calibration samples"
+    return _wrap(text, width, "  ")
 
 
 def _rewrites(report: Report, width: int) -> list[str]:

@@ -104,6 +104,7 @@ def verify(
         activations=activation_rows(plan),
         proof=plan.proof,
         sensitivity=known.sensitivity,
+        rounding_samples=plan.rounding_samples,
         rewrites=plan.rewrites,
         loss_without_rewrites=known.loss_without_rewrites,
     )

@@ -15,7 +15,7 @@ from lcpaq_onnx.graph.graph_io import Graph, to_proto
 from lcpaq_onnx.graph.query import Layer, nodes_by_name
 from lcpaq_onnx.graph.subgraph import with_outputs
 from lcpaq_onnx.manager.analysis import Analysis, AnalysisManager
-from lcpaq_onnx.numeric.columns import chosen_columns, moment_samples
+from lcpaq_onnx.numeric.columns import MOMENT_BATCH, chosen_columns, moment_samples
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
 from lcpaq_onnx.numeric.moments import Moments, MomentStream
 from lcpaq_onnx.runtime.blas import one_blas_thread
@@ -31,11 +31,15 @@ __all__ = ["InputMoments", "LayerMatrices", "MomentData", "MomentSamples", "want
 
 # Most that errors are measured on.
 _MEASURED_SAMPLES = 128
+# Numbers in the second moments of one layer: half a gigabyte.
+_MOST_MOMENTS = 1 << 27
 
 
 @dataclass(frozen=True)
 class LayerMatrices(Analysis[dict[str, LayerMatrix]]):
-    """Layers that are a product of matrices, so that their rounding can make up for its errors."""
+    """Layers that are a product of matrices, so that their rounding can make up for its errors; of at most 11,585
+    columns, so that their moments fit in memory.
+    """
 
     name: ClassVar[str] = "layer-matrices"
 
@@ -45,7 +49,11 @@ class LayerMatrices(Analysis[dict[str, LayerMatrix]]):
             layer.name: LayerMatrix.of(layer.op, nodes[layer.name].attrs, layer.weight_shape)
             for layer in analyses.get(GraphStructure).layers
         }
-        return {name: matrix for name, matrix in found.items() if matrix is not None}
+        return {
+            name: matrix
+            for name, matrix in found.items()
+            if matrix is not None and matrix.groups * matrix.columns**2 <= _MOST_MOMENTS
+        }
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ class InputMoments(Analysis[Mapping[str, Moments]]):
         options = analyses.inputs.resources.cache_options
         session = Session(with_outputs(model, asked), options, base_dir=graph.base_dir)
         chosen = islice(analyses.inputs.samples().take(data.first + data.samples), data.first, None)
-        batches = stacks(chosen, analyses.get(BatchSize))
+        # Not as many as fit in memory: what is drawn must not depend on the machine.
+        batches = stacks(chosen, MOMENT_BATCH if analyses.get(BatchSize) > 1 else 1)
         with one_blas_thread(), analyses.inputs.progress.track("gathering moments", data.samples) as advance:
             for number, feeds in enumerate(batches):
                 feed = joined_feed(feeds)
@@ -117,8 +126,7 @@ class _Stream:
         self._moments.update(columns, columns)
 
     def result(self) -> Moments:
-        moments = self._moments.result()
-        return moments if self._layer.bias is None else moments.centered()
+        return self._moments.result() if self._layer.bias is None else self._moments.centered()
 
 
 def wanted_samples(analyses: AnalysisManager) -> int:

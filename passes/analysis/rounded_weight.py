@@ -16,6 +16,7 @@ from lcpaq_onnx.numeric.rounding import QuantizedWeight, round_nearest
 from lcpaq_onnx.runtime.blas import one_blas_thread
 from lcpaq_onnx.tables import Compensable, RoundingMethod
 
+from .calibration_run import CalibrationRun
 from .graph_structure import GraphStructure
 from .input_moments import InputMoments, LayerMatrices, MomentSamples, wanted_samples
 from .memory_timeline import MemoryTimeline
@@ -39,7 +40,10 @@ class CompensableLayers(Analysis[Compensable]):
         affordable = analyses.inputs.resources.carried_bytes // max(1, 2 * live_bytes)
         matrices = analyses.get(LayerMatrices())
         digest = analyses.inputs.samples().take(MOST_MOMENT_SAMPLES).fingerprint()
-        return Compensable(tuple(matrices), digest, max(1, min(wanted_samples(analyses), affordable)))
+        # A quarter is left to judge by.
+        present = analyses.get(CalibrationRun).samples
+        samples = max(1, min(wanted_samples(analyses), affordable, present - present // 4))
+        return Compensable(tuple(matrices), digest, samples)
 
 
 @dataclass(frozen=True)

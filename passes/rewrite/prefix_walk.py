@@ -13,6 +13,7 @@ from lcpaq_onnx.graph import graph_io
 from lcpaq_onnx.graph.graph_io import Graph
 from lcpaq_onnx.graph.query import nodes_by_name
 from lcpaq_onnx.manager.pass_base import PassContext
+from lcpaq_onnx.numeric.columns import MOMENT_BATCH
 from lcpaq_onnx.planning.plan import LayerPlan
 from lcpaq_onnx.runtime.calibration import joined_feed, stacks
 from lcpaq_onnx.runtime.walk import Walk
@@ -23,8 +24,6 @@ from .insert_qdq import InsertQdq
 __all__ = ["PrefixWalk"]
 
 Float = NDArray[np.float32]
-
-_BATCH = 8
 
 
 class PrefixWalk:
@@ -38,7 +37,7 @@ class PrefixWalk:
         # Layers keep their names; what they read may be a DequantizeLinear of their own.
         self._reads = {name: node.inputs[0].name for name, node in nodes_by_name(quantized).items() if node.inputs}
         # Not as many as fit in memory: what is rounded must not depend on the machine.
-        together = _BATCH if analyses.get(BatchSize) > 1 else 1
+        together = MOMENT_BATCH if analyses.get(BatchSize) > 1 else 1
         batches = [joined_feed(stack) for stack in stacks(analyses.inputs.samples().take(samples), together)]
         self._float = Walk(graph_io.to_proto(graph), graph.base_dir, batches)
         self._rounded = Walk(graph_io.to_proto(quantized), graph.base_dir, batches)

@@ -16,7 +16,7 @@ from lcpaq_onnx.manager.pass_base import Contract, PassContext, PassResult, Rewr
 from lcpaq_onnx.numeric.columns import chosen_columns
 from lcpaq_onnx.numeric.compensated import round_compensated
 from lcpaq_onnx.numeric.layer_matrix import LayerMatrix
-from lcpaq_onnx.numeric.moments import Moments, MomentStream
+from lcpaq_onnx.numeric.moments import MomentStream
 from lcpaq_onnx.numeric.rounding import QuantizedWeight
 from lcpaq_onnx.planning.plan import LayerPlan
 from lcpaq_onnx.runtime.blas import one_blas_thread
@@ -81,30 +81,32 @@ def _compensated(
     """The rounded weight, and what to add to the bias: shape [output channels]; None where there is none to add to."""
     matrix = LayerMatrix.of(layer.op, node.attrs, values.shape)
     assert matrix is not None, "a plan calls only products of matrices compensated"
-    moments = _moments(walk, layer, matrix)
-    if not _can_correct(node, layer):
-        return round_compensated(values, layer.qformat, matrix, moments, least_scale=least), None
-    rounded = round_compensated(values, layer.qformat, matrix, moments.centered(), least_scale=least)
+    stream = _moments(walk, layer, matrix)
+    if not _can_correct(node, layer, matrix):
+        return round_compensated(values, layer.qformat, matrix, stream.result(), least_scale=least), None
+    moments = stream.centered()
+    rounded = round_compensated(values, layer.qformat, matrix, moments, least_scale=least)
     before = np.einsum("gmn,gn->gm", matrix.rows_of(values), moments.float_mean)
     after = np.einsum("gmn,gn->gm", matrix.rows_of(rounded.dequantized()), moments.mean)
     return rounded, np.asarray(before - after, np.float32).reshape(-1)
 
 
-def _moments(walk: PrefixWalk, layer: LayerPlan, matrix: LayerMatrix) -> Moments:
-    batches = list(walk.inputs(layer))
+def _moments(walk: PrefixWalk, layer: LayerPlan, matrix: LayerMatrix) -> MomentStream:
+    # Where shapes depend on values, the two versions may have come apart: then there is nothing to make up for.
+    batches = [(x if x.shape == z.shape else z, z) for x, z in walk.inputs(layer)]
     columns = sum(matrix.column_count(x.shape) for x, _ in batches)
     stream = MomentStream(matrix.groups, matrix.columns, has_changed_inputs=True)
     for number, (x, z) in enumerate(batches):
         share = matrix.column_count(x.shape) / max(1, columns)
         chosen = chosen_columns(matrix, layer.name, x.shape, number, share)
         stream.update(matrix.columns_of(x, chosen), matrix.columns_of(z, chosen))
-    return stream.result()
+    return stream
 
 
-def _can_correct(node: gs.Node, layer: LayerPlan) -> bool:
+def _can_correct(node: gs.Node, layer: LayerPlan, matrix: LayerMatrix) -> bool:
     is_plain = float(node.attrs.get("alpha", 1.0)) == 1.0 == float(node.attrs.get("beta", 1.0))
     bias = bias_of(node, layer)
-    return is_plain and bias is not None and len(bias.shape) == 1
+    return is_plain and bias is not None and tuple(bias.shape) == (matrix.groups * matrix.rows,)
 
 
 def _correct_bias(node: gs.Node, layer: LayerPlan, change: Float, walk: PrefixWalk) -> None:
