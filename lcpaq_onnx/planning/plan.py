@@ -15,7 +15,7 @@ from lcpaq_onnx.tables import RoundingMethod
 
 __all__ = ["ActivationPlan", "LayerPlan", "Plan", "Predicted", "Proof", "Storage"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 Storage = Literal["float", "plain", "cast", "packed-bytes"]
 
