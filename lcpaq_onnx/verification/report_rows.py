@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from statistics import fmean
+
+import numpy as np
 
 from lcpaq_onnx.graph.stored import StoredWeight, stored_weight
 from lcpaq_onnx.graph.written import WrittenModel
@@ -55,7 +56,7 @@ def bit_summary(plan: Plan, rows: tuple[LayerRow, ...]) -> BitSummary | None:
     return BitSummary(
         stored=sum(row.parameters * row.stored_bits for row in first.values()) / parameters,
         stored_in_all=8 * sum(row.size_bytes for row in rows) / parameters,
-        executed=fmean([row.executed_bits for row in rows], weights=macs if sum(macs) else None),
+        executed=float(np.average([row.executed_bits for row in rows], weights=macs if sum(macs) else None)),
     )
 
 
